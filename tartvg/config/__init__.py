@@ -1,0 +1,147 @@
+"""Every setting, typed, documented under its field and range-checked. No torch.
+
+Hydra composes YAML into these dataclasses (`register()` puts them into its ConfigStore), so an unknown key or a wrong
+type is refused while composing; `__post_init__` refuses values out of range when `to_dataclasses` builds the objects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from tartvg.config.choices import (
+    AdvantageScale,
+    Aggregation,
+    CountPenalty,
+    DatasetName,
+    ImportanceLevel,
+    IouKind,
+    KlEstimator,
+    Precision,
+    PromptStyle,
+    StageName,
+    Strategy,
+    TrackingMode,
+    require,
+)
+from tartvg.config.machine import (
+    DatasetConfig,
+    FramesConfig,
+    LoraConfig,
+    PlantedConfig,
+    PolicyConfig,
+    TrackingConfig,
+    TrainerConfig,
+)
+from tartvg.config.method import (
+    AnchorsConfig,
+    EvaluateConfig,
+    FilterConfig,
+    GrpoConfig,
+    PretrainConfig,
+    RewardConfig,
+    SamplingConfig,
+    SftConfig,
+)
+
+__all__ = [
+    "AdvantageScale",
+    "Aggregation",
+    "AnchorsConfig",
+    "Config",
+    "CountPenalty",
+    "DatasetConfig",
+    "DatasetName",
+    "EvaluateConfig",
+    "FilterConfig",
+    "FramesConfig",
+    "GrpoConfig",
+    "ImportanceLevel",
+    "IouKind",
+    "KlEstimator",
+    "LoraConfig",
+    "PlantedConfig",
+    "PolicyConfig",
+    "Precision",
+    "PretrainConfig",
+    "PromptStyle",
+    "RewardConfig",
+    "SamplingConfig",
+    "SftConfig",
+    "StageConfig",
+    "StageName",
+    "Strategy",
+    "TrackingConfig",
+    "TrackingMode",
+    "TrainerConfig",
+    "register",
+    "to_dataclasses",
+]
+
+
+@dataclass
+class StageConfig:
+    """Which part of the method runs."""
+
+    name: StageName = StageName.pipeline
+    sequence: list[StageName] = field(default_factory=list)
+    """Stages that `pipeline` runs, in order."""
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    name: str = "default"
+    """Folder under runs_dir."""
+    runs_dir: str = "runs"
+    seed: int = 0
+    init_adapter: str | None = None
+    """Adapter folder that grpo1, grpo2 or ground starts from, instead of the stage's own rule."""
+    video: str | None = None
+    """stage=ground: the video file."""
+    query: str | None = None
+    """stage=ground: the sentence."""
+    stage: StageConfig = field(default_factory=StageConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    anchors: AnchorsConfig = field(default_factory=AnchorsConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    grpo: GrpoConfig = field(default_factory=GrpoConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    experiments: Any = None
+    """Group choice only; carries no values of its own."""
+    sweeps: Any = None
+    """Group choice only; carries no values of its own."""
+
+    def __post_init__(self) -> None:
+        require(
+            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
+            "name",
+            "a folder name",
+            self.name,
+        )
+        require(self.seed >= 0, "seed", ">= 0", self.seed)
+        if self.stage.name is StageName.ground:
+            require(bool(self.video), "video", "a video file: stage=ground video=clip.mp4", self.video)
+            require(bool(self.query), "query", 'a sentence: stage=ground query="..."', self.query)
+
+
+def register() -> None:
+    """Make the schema known to Hydra as `schema`, the first entry of the defaults list."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def to_dataclasses(cfg: DictConfig) -> Config:
+    """Resolve a composed Hydra config into typed, checked objects. Raises ValueError naming the setting."""
+    config = OmegaConf.to_object(cfg)
+    assert isinstance(config, Config)
+    return config

@@ -1,0 +1,65 @@
+"""Interval arithmetic on seconds: the only IoU in the house. Pure Python, no torch.
+
+Every function takes two spans and never raises on finite numbers; a reversed span is an empty one.
+"""
+
+from __future__ import annotations
+
+from tartvg.types import Span
+
+
+def intersection(a: Span, b: Span) -> float:
+    """Seconds that both spans cover; 0 when disjoint or when either is reversed."""
+    if a.length < 0 or b.length < 0:
+        return 0.0
+    return max(0.0, min(a.end, b.end) - max(a.start, b.start))
+
+
+def iou(a: Span, b: Span) -> float:
+    """Intersection over union in [0, 1]; 0 when the union has no length."""
+    overlap = intersection(a, b)
+    if overlap <= 0.0:
+        return 0.0
+    return overlap / (a.length + b.length - overlap)
+
+
+def soft_iou(a: Span, b: Span) -> float:
+    """Overlap (negative: gap) over hull, in (-1, 1]: the paper's soft IoU, without max(0, .).
+
+    (min(e, e') - max(s, s')) / (max(e, e') - min(s, s')): one-dimensional generalised IoU. Two spans that overlap
+    get their IoU; two that do not get minus the share of the hull that lies between them. A hull without length
+    (two equal instants) gives 0. A reversed span is never rewarded: its value is at most 0.
+    """
+    hull = max(a.end, b.end) - min(a.start, b.start)
+    if a.length < 0 or b.length < 0:
+        low = Span(min(a.start, a.end), max(a.start, a.end))
+        other = Span(min(b.start, b.end), max(b.start, b.end))
+        return min(0.0, soft_iou(low, other))
+    if hull <= 0.0:
+        return 0.0
+    return (min(a.end, b.end) - max(a.start, b.start)) / hull
+
+
+def clip(span: Span, duration: float) -> Span:
+    """The part of `span` inside [0, duration]; an instant at the nearer edge when nothing is inside."""
+    return Span(min(max(span.start, 0.0), duration), min(max(span.end, 0.0), duration))
+
+
+def union(spans: list[Span] | tuple[Span, ...]) -> list[Span]:
+    """The same covered seconds as disjoint spans in ascending order; reversed and empty spans are left out."""
+    merged: list[Span] = []
+    for span in sorted(s for s in spans if s.length > 0):
+        if merged and span.start <= merged[-1].end:
+            merged[-1] = Span(merged[-1].start, max(merged[-1].end, span.end))
+        else:
+            merged.append(span)
+    return merged
+
+
+def iou_with_union(prediction: Span, windows: tuple[Span, ...]) -> float:
+    """IoU of one span with the union of several windows, as sets of seconds."""
+    parts = union(windows)
+    overlap = sum(intersection(prediction, part) for part in parts)
+    if overlap <= 0.0:
+        return 0.0
+    return overlap / (prediction.length + sum(part.length for part in parts) - overlap)

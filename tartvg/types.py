@@ -1,0 +1,216 @@
+"""The objects that flow through the framework, in pipeline order.
+
+annotation -> GroundingSample -> Prompt -> Completion -> Response -> RewardBreakdown -> Rollout -> RolloutGroup
+-> Trace -> Prediction -> Scorecard.  All are frozen, none imports torch, all times are seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """An interval of a video in seconds. `start < end` for annotations; a model may emit anything."""
+
+    start: float
+    end: float
+
+    @property
+    def length(self) -> float:
+        """`end - start` in seconds; negative when reversed."""
+        return self.end - self.start
+
+    def __str__(self) -> str:
+        return f"{self.start:.2f} to {self.end:.2f}"
+
+
+@dataclass(frozen=True)
+class GroundingSample:
+    """One question about one video: which seconds does `query` describe?"""
+
+    sample_id: str
+    """Unique and stable within a data set. Never (video, query): several data sets repeat that pair."""
+    video: Path
+    """The video file."""
+    query: str
+    """The normalised sentence; prompts and scores both use this text."""
+    windows: tuple[Span, ...]
+    """Ground truth, in seconds, at least one unless the annotation is a blind test set."""
+    duration: float
+    """Length of the video in seconds, as the annotation says."""
+    split: str
+    """`train`, `val` or `test`."""
+    tags: tuple[str, ...] = ()
+    """Free labels for reports, such as the kind of event."""
+
+    @property
+    def target(self) -> Span:
+        """The first ground-truth window: what training rewards."""
+        return self.windows[0]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads: the user turn's text, placed before the video of `sample`."""
+
+    sample: GroundingSample
+    text: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model said, with what is needed to train on it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    """Completion tokens, including the end token when it was sampled."""
+    logps: tuple[float, ...]
+    """log-probability (nats) of each token under the sampling policy at temperature 1."""
+    is_finished: bool
+    """False when the length limit cut the completion."""
+
+
+class Fault(str, Enum):
+    """One thing that is wrong with a completion's format. The parser reports each kind at most once."""
+
+    NO_THINK = "no_think"
+    THINK_UNCLOSED = "think_unclosed"
+    THINK_REPEATED = "think_repeated"
+    NO_ANSWER = "no_answer"
+    ANSWER_UNCLOSED = "answer_unclosed"
+    ANSWER_REPEATED = "answer_repeated"
+    ANSWER_UNREADABLE = "answer_unreadable"
+    ANSWER_REVERSED = "answer_reversed"
+    NO_ANCHOR = "no_anchor"
+    ANCHOR_UNCLOSED = "anchor_unclosed"
+    ANCHOR_UNREADABLE = "anchor_unreadable"
+    ANCHOR_REVERSED = "anchor_reversed"
+    ANCHOR_OUTSIDE_THINK = "anchor_outside_think"
+    ANSWER_MISMATCH = "answer_mismatch"
+    """The answer is not the last anchor."""
+    STRAY_TEXT = "stray_text"
+    """Text outside the two blocks."""
+    ORDER = "order"
+    """The answer comes before the end of the reasoning."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """A completion, read: the well-formed anchors in order, the answer, and everything that is wrong."""
+
+    anchors: tuple[Span, ...]
+    answer: Span | None
+    """None when no answer could be read."""
+    faults: tuple[Fault, ...]
+    reasoning: str = ""
+    """The text of the think block without its tags; empty when there is none."""
+
+    @property
+    def num_anchors(self) -> int:
+        """N of the reward formulas."""
+        return len(self.anchors)
+
+
+@dataclass(frozen=True)
+class RewardBreakdown:
+    """The reward of one response: the total that trains, and the raw terms that it is made of."""
+
+    total: float
+    format: float
+    """1 if the output has the format, else 0 (raw: before its weight)."""
+    iou: float
+    """Overlap of the answer with the truth: soft IoU by default, in (-1, 1]."""
+    tar1: float
+    """Position-weighted anchor overlap."""
+    tar2: float
+    """Deviation of the number of anchors from the target, a cost >= 0."""
+    tar3: float
+    """Sum of +1 for each refined anchor, -1 for each that is not."""
+    anchor_ious: tuple[float, ...] = ()
+    """Soft IoU of each anchor with the truth, in order."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion, read and judged."""
+
+    completion: Completion
+    response: Response
+    reward: RewardBreakdown
+
+
+@dataclass(frozen=True)
+class RolloutGroup:
+    """The G rollouts of one prompt: the unit of advantages and of the loss."""
+
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    step: int
+    """Optimiser step that these rollouts belong to, from 0."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A rollout that passed the filter: one example for supervised fine-tuning."""
+
+    sample_id: str
+    text: str
+    reward: float
+    anchor_ious: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One evaluated completion. `predictions.jsonl` holds one per line."""
+
+    sample_id: str
+    sample_index: int
+    """0 is the greedy answer, 1.. are samples at the evaluation temperature."""
+    query: str
+    video: str
+    windows: tuple[Span, ...]
+    duration: float
+    text: str
+    anchors: tuple[Span, ...]
+    answer: Span | None
+    faults: tuple[str, ...]
+    is_finished: bool
+    seconds: float = 0.0
+    """Wall time of the batch divided by its completions."""
+
+
+class Estimate(NamedTuple):
+    """A mean with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+NO_ESTIMATE = Estimate(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """Scores of one set of predictions. Shares and IoUs are in [0, 1]."""
+
+    num_queries: int
+    num_unparsed: int
+    num_missing: int
+    miou: Estimate
+    recall: dict[float, Estimate] = field(default_factory=dict)
+    """R1@threshold, keyed by the threshold."""
+    format_rate: Estimate = NO_ESTIMATE
+    """Share of sampled outputs whose format is right, whatever the number of anchors."""
+    valid_rate: Estimate = NO_ESTIMATE
+    """Share of sampled outputs with the right format and at least two anchors (the paper's format figure)."""
+    anchors_mean: float = 0.0
+    refinement_rate: float = 0.0
+    """Share of successive anchors whose soft IoU grew."""
+    consistency_rate: float = 0.0
+    """Share of answers that equal the last anchor."""
+    oracle_iou: float = 0.0
+    """Mean over queries of the best sampled answer's IoU: what the policy could say if it chose well."""
