@@ -1,0 +1,160 @@
+"""The flowing objects as JSON lines: what a run writes, anybody can read.
+
+Files are plain UTF-8, one object a line, without NaN or infinity. A half-written last line (the process was killed
+while it wrote) is not an error for a reader that says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from tartvg.types import (
+    Completion,
+    Fault,
+    GroundingSample,
+    Prediction,
+    Prompt,
+    Response,
+    RewardBreakdown,
+    Rollout,
+    RolloutGroup,
+    Span,
+    Trace,
+)
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses, enums, paths and tuples as JSON values; a Span is `[start, end]`."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return value.as_posix()
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(v) for v in value]
+    return value
+
+
+def dumps(value: Any) -> str:
+    """One line of JSON. Raises ValueError for NaN and infinity."""
+    return json.dumps(to_json(value), ensure_ascii=False, allow_nan=False)
+
+
+def read_jsonl(path: Path, *, is_partial_allowed: bool = False) -> Iterator[dict[str, Any]]:
+    """The objects of a file, in order. Raises ValueError naming file and line.
+
+    With `is_partial_allowed` a last line that does not end in a newline is left out instead.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if is_partial_allowed and not line.endswith(b"\n"):
+                return
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}, line {number}: expected an object, got {type(value).__name__}")
+            yield value
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a whole file to the side and rename it, so that no reader ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    side = path.with_name(f".{path.name}.{os.getpid()}")
+    with side.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    side.replace(path)
+
+
+def write_jsonl(path: Path, values: Iterable[Any]) -> None:
+    """Write all objects at once, atomically."""
+    write_atomic(path, "".join(dumps(v) + "\n" for v in values))
+
+
+def append_jsonl(path: Path, values: Iterable[Any]) -> None:
+    """Add objects at the end, in one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(dumps(v) + "\n" for v in values))
+
+
+def _span(value: Any) -> Span:
+    start, end = value
+    return Span(float(start), float(end))
+
+
+def _spans(values: Any) -> tuple[Span, ...]:
+    return tuple(_span(v) for v in values)
+
+
+def sample_from_json(value: dict[str, Any]) -> GroundingSample:
+    """Inverse of `to_json`."""
+    return GroundingSample(
+        sample_id=value["sample_id"],
+        video=Path(value["video"]),
+        query=value["query"],
+        windows=_spans(value["windows"]),
+        duration=value["duration"],
+        split=value["split"],
+        tags=tuple(value.get("tags", ())),
+    )
+
+
+def response_from_json(value: dict[str, Any]) -> Response:
+    """Inverse of `to_json`."""
+    answer = value["answer"]
+    return Response(
+        anchors=_spans(value["anchors"]),
+        answer=None if answer is None else _span(answer),
+        faults=tuple(Fault(f) for f in value["faults"]),
+        reasoning=value["reasoning"],
+    )
+
+
+def group_from_json(value: dict[str, Any]) -> RolloutGroup:
+    """Inverse of `to_json`."""
+    rollouts = []
+    for item in value["rollouts"]:
+        completion = dict(item["completion"])
+        completion["token_ids"] = tuple(completion["token_ids"])
+        completion["logps"] = tuple(completion["logps"])
+        reward = dict(item["reward"])
+        reward["anchor_ious"] = tuple(reward["anchor_ious"])
+        rollouts.append(
+            Rollout(Completion(**completion), response_from_json(item["response"]), RewardBreakdown(**reward))
+        )
+    prompt = Prompt(sample_from_json(value["prompt"]["sample"]), value["prompt"]["text"])
+    return RolloutGroup(prompt, tuple(rollouts), value["step"])
+
+
+def trace_from_json(value: dict[str, Any]) -> Trace:
+    """Inverse of `to_json`."""
+    return Trace(value["sample_id"], value["text"], value["reward"], tuple(value["anchor_ious"]))
+
+
+def prediction_from_json(value: dict[str, Any]) -> Prediction:
+    """Inverse of `to_json`."""
+    answer = value["answer"]
+    return Prediction(
+        **{
+            **value,
+            "windows": _spans(value["windows"]),
+            "anchors": _spans(value["anchors"]),
+            "answer": None if answer is None else _span(answer),
+            "faults": tuple(value["faults"]),
+        }
+    )
