@@ -1,0 +1,1 @@
+"""Annotations and videos: one file per data set, all into `GroundingSample`."""

@@ -1,0 +1,65 @@
+"""What a batch of rollout groups looks like, in the fixed vocabulary of the metrics. Plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from statistics import fmean, pstdev
+
+from tartvg.types import Fault, Rollout, RolloutGroup
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, float]:
+    """Means and rates over all rollouts of `groups` (at least one rollout); `target` is K, the wanted anchor count.
+
+    Every key is always there and finite. Rates are in [0, 1], standard deviations are over the population, lengths
+    are tokens; a rate of nothing (no successive anchors, no answers) is 0.
+
+    - anchors/valid_rate: right format and N >= 2 (the paper's format figure); target_rate: right format and N == K
+    - anchors/refinement_rate: share of successive anchors whose soft IoU grew (delta_i = +1 of TAR3)
+    - anchors/answer_match_rate: share of readable answers that equal the last anchor
+    - group/zero_variance_rate: share of groups whose rewards are all equal, which teach nothing
+
+    Source: arXiv 2508.07683, failure signatures.
+    """
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    assert rollouts, "metrics of no rollouts"
+    rewards = [r.reward for r in rollouts]
+    totals = [[r.reward.total for r in group.rollouts] for group in groups if group.rollouts]
+    lengths = [len(r.completion.token_ids) for r in rollouts]
+    return {
+        "reward/total_mean": fmean(r.total for r in rewards),
+        "reward/total_std": pstdev([r.total for r in rewards]),
+        "reward/format_mean": fmean(r.format for r in rewards),
+        "reward/iou_mean": fmean(r.iou for r in rewards),
+        "reward/tar1_mean": fmean(r.tar1 for r in rewards),
+        "reward/tar2_mean": fmean(r.tar2 for r in rewards),
+        "reward/tar3_mean": fmean(r.tar3 for r in rewards),
+        **_anchor_metrics(rollouts, target),
+        "group/zero_variance_rate": _rate(min(group) == max(group) for group in totals),
+        "group/reward_std_mean": fmean(pstdev(group) for group in totals),
+        "rollout/length_mean": fmean(lengths),
+        "rollout/length_max": float(max(lengths)),
+        "rollout/truncated_rate": _rate(not r.completion.is_finished for r in rollouts),
+        "rollout/unparsed_rate": _rate(r.response.answer is None for r in rollouts),
+    }
+
+
+def _anchor_metrics(rollouts: Sequence[Rollout], target: int) -> dict[str, float]:
+    well_formed = [r.response.num_anchors if r.reward.format == 1.0 else 0 for r in rollouts]
+    answered = [r.response for r in rollouts if r.response.answer is not None]
+    return {
+        "anchors/count_mean": fmean(r.response.num_anchors for r in rollouts),
+        "anchors/valid_rate": _rate(count >= 2 for count in well_formed),
+        "anchors/target_rate": _rate(count == target for count in well_formed),
+        "anchors/refinement_rate": _rate(b > a for r in rollouts for a, b in pairwise(r.reward.anchor_ious)),
+        "anchors/answer_match_rate": _rate(
+            bool(response.anchors) and Fault.ANSWER_MISMATCH not in response.faults for response in answered
+        ),
+    }
+
+
+def _rate(flags: Iterable[bool]) -> float:
+    """Share of true flags; 0 of none."""
+    values = list(flags)
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,1 @@
+"""The vision-language model: loading, inputs, positions, vision features, sampling, log-probabilities."""

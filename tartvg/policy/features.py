@@ -1,0 +1,56 @@
+"""Vision features, once per video: the tower is frozen, so its output is a function of the file and the settings."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from tartvg.config import FramesConfig
+
+
+@dataclass(frozen=True)
+class VideoFeatures:
+    """What the language model needs of one video."""
+
+    embeddings: Tensor
+    """(video tokens, hidden size), in the tower's own order."""
+    grid_thw: tuple[int, int, int]
+    seconds_per_grid: float
+    duration: float
+    """Seconds, measured on the file."""
+
+
+def video_key(path: Path, settings: FramesConfig) -> Hashable:
+    """Identity of a file (path, size, time of change) and of every setting that changes its features."""
+    stat = path.stat()
+    return (str(path.resolve()), stat.st_size, stat.st_mtime_ns, astuple(settings))
+
+
+class FeatureCache:
+    """Least-recently-used features in RAM, bounded in bytes."""
+
+    def __init__(self, limit_mb: int) -> None:
+        self.limit = limit_mb * 2**20
+        self.size = 0
+        self.entries: OrderedDict[Hashable, VideoFeatures] = OrderedDict()
+
+    def get(self, key: Hashable) -> VideoFeatures | None:
+        """The entry, now the most recently used one."""
+        if key in self.entries:
+            self.entries.move_to_end(key)
+        return self.entries.get(key)
+
+    def put(self, key: Hashable, features: VideoFeatures) -> None:
+        """Add an entry and drop the oldest ones that no longer fit; one that never fits is not kept."""
+        size = features.embeddings.numel() * features.embeddings.element_size()
+        if size > self.limit or key in self.entries:
+            return
+        self.entries[key] = features
+        self.size += size
+        while self.size > self.limit:
+            _, oldest = self.entries.popitem(last=False)
+            self.size -= oldest.embeddings.numel() * oldest.embeddings.element_size()

@@ -1,0 +1,91 @@
+"""Base model, tokenizer and adapters from files. The tiny base and the 7B take the same path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from tartvg.config import LoraConfig, PolicyConfig, Precision
+from tartvg.policy.tiny import embedded_path
+from tartvg.policy.windows import WINDOW_ATTENTION
+
+EMBEDDED_TINY = "embedded:tiny"
+ADAPTER = "default"
+REFERENCE = "reference"
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+"""Every linear layer of the language model; the vision tower stays as released."""
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+def base_path(settings: PolicyConfig) -> str:
+    """Where the base model lies: a folder or a Hub id."""
+    if settings.path != EMBEDDED_TINY:
+        return settings.path
+    path = embedded_path()
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"policy.path={EMBEDDED_TINY}: {path} is missing; build it with `python run.py stage=pretrain`"
+        )
+    return str(path)
+
+
+def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
+    """The frozen base model in eval mode, and its tokenizer.
+
+    Raises ValueError when a weight is missing, unexpected or of another shape: the library would only warn and train
+    on random numbers.
+    """
+    path = base_path(settings)
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision)
+    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        path,
+        revision=settings.revision,
+        dtype=DTYPES[settings.precision],
+        attn_implementation=settings.attention,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        wrong = info.get(kind)
+        if wrong:
+            raise ValueError(f"policy.path={settings.path}: {kind.replace('_', ' ')}: {sorted(map(str, wrong))[:5]}")
+    if settings.attention != "flash_attention_2":
+        model.model.visual.config._attn_implementation = WINDOW_ATTENTION
+    model.requires_grad_(False)
+    return model.eval(), tokenizer
+
+
+def new_adapter(model: Any, settings: LoraConfig, seed: int) -> peft.PeftModel:
+    """A fresh LoRA adapter on the language model; it starts as the identity."""
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=LORA_TARGETS,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, config, adapter_name=ADAPTER)
+
+
+def load_adapter(model: Any, folder: Path, *, is_reference_kept: bool) -> peft.PeftModel:
+    """An adapter from a run's folder, trainable; with `is_reference_kept` also a frozen copy named `reference`."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(f"{folder}: no adapter_model.safetensors there")
+    wrapped = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, is_trainable=True)
+    if is_reference_kept:
+        wrapped.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
+        wrapped.set_adapter(ADAPTER)
+    return wrapped
+
+
+def save_adapter(model: peft.PeftModel, folder: Path, base: str) -> None:
+    """The trained adapter alone, in PEFT's own format, so that plain `PeftModel.from_pretrained` reads it."""
+    config = model.peft_config[ADAPTER]
+    config.base_model_name_or_path = base
+    model.save_pretrained(str(folder), selected_adapters=[ADAPTER], safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty model card

@@ -1,0 +1,56 @@
+"""Drawing completions: every prompt is prefilled once, and its G rows share what was computed.
+
+Legend: P prompts, G rollouts per prompt, R = P * G rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tartvg.config import SamplingConfig
+
+
+def restrict(logits: Tensor, settings: SamplingConfig) -> Tensor:
+    """Probabilities after temperature, top-k and top-p: (R, V) -> (R, V), rows sum to 1.
+
+    top-k keeps the k most likely tokens (ties at the border are all kept); top-p keeps the smallest set of most likely
+    tokens whose probability reaches p (Holtzman et al. 2020).
+    """
+    logits = logits / settings.temperature
+    if 0 < settings.top_k < logits.shape[-1]:
+        border = logits.topk(settings.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < border, float("-inf"))
+    probabilities = logits.softmax(dim=-1)
+    if settings.top_p < 1.0:
+        ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
+        is_over = ordered.cumsum(dim=-1) - ordered >= settings.top_p
+        kept = ordered.masked_fill(is_over, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, index, kept)
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    return probabilities
+
+
+def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """One token per row by inverting the cumulative distribution: (R, V) and (R,) in [0, 1) -> int64 (R,).
+
+    A row's token depends on its own number only, so a rollout does not change with the batch that it is drawn in.
+    """
+    cumulative = probabilities.double().cumsum(dim=-1)
+    threshold = uniforms.double()[:, None] * cumulative[:, -1:]
+    token = (cumulative <= threshold).sum(dim=-1)
+    # rounding can step over the last possible token; go back to it
+    last = (probabilities > 0).int().cumsum(dim=-1).argmax(dim=-1)
+    return torch.minimum(token, last)
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One random stream per prompt."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def uniforms(streams: Sequence[torch.Generator], group_size: int) -> Tensor:
+    """The next number of every row: float64 (P * G,)."""
+    return torch.cat([torch.rand(group_size, generator=s, dtype=torch.float64) for s in streams])

@@ -1,0 +1,32 @@
+"""Where the seconds go: wall time by phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PHASES = ("decode", "vision", "sample", "reward", "reference", "update")
+"""The phases of a GRPO step, in order; metrics call them `time/<phase>_s`."""
+
+
+class PhaseTimer:
+    """Adds up the seconds spent inside `with timer("vision"):` blocks. Blocks must not nest."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Time the block as `phase`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+    def flush(self) -> dict[str, float]:
+        """The sums since the last flush as metrics, then start again from zero."""
+        metrics = {f"time/{phase}_s": value for phase, value in self.seconds.items()}
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        return metrics
