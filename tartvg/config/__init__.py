@@ -21,11 +21,13 @@ from tartvg.config.choices import (
     KlEstimator,
     Precision,
     PromptStyle,
+    SettingError,
     StageName,
     Strategy,
     TrackingMode,
     require,
 )
+from tartvg.config.errors import refuse_unknown_keys
 from tartvg.config.machine import (
     DatasetConfig,
     FramesConfig,
@@ -69,6 +71,7 @@ __all__ = [
     "PromptStyle",
     "RewardConfig",
     "SamplingConfig",
+    "SettingError",
     "SftConfig",
     "StageConfig",
     "StageName",
@@ -77,6 +80,7 @@ __all__ = [
     "TrackingMode",
     "TrainerConfig",
     "register",
+    "require",
     "to_dataclasses",
 ]
 
@@ -95,7 +99,7 @@ class Config:
     """One run."""
 
     name: str = "default"
-    """Folder under runs_dir."""
+    """Folder under runs_dir; may be nested. Jobs of a sweep get one of their own below it."""
     runs_dir: str = "runs"
     seed: int = 0
     init_adapter: str | None = None
@@ -121,13 +125,13 @@ class Config:
     """Group choice only; carries no values of its own."""
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
-            "name",
-            "a folder name",
-            self.name,
-        )
+        nested = self.name.split("/")
+        require(all(part not in ("", ".", "..") for part in nested), "name", "a folder below runs_dir", self.name)
         require(self.seed >= 0, "seed", ">= 0", self.seed)
+        for group in ("experiments", "sweeps"):
+            # Without that header the file's values would land here, where nobody reads them.
+            values = getattr(self, group)
+            require(values is None, group, "a file that begins with `# @package _global_`", values)
         if self.stage.name is StageName.ground:
             require(bool(self.video), "video", "a video file: stage=ground video=clip.mp4", self.video)
             require(bool(self.query), "query", 'a sentence: stage=ground query="..."', self.query)
@@ -141,7 +145,8 @@ def register() -> None:
 
 
 def to_dataclasses(cfg: DictConfig) -> Config:
-    """Resolve a composed Hydra config into typed, checked objects. Raises ValueError naming the setting."""
+    """Resolve a composed Hydra config into typed, checked objects. Raises SettingError naming the setting."""
+    refuse_unknown_keys(cfg)
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, Config)
     return config

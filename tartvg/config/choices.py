@@ -5,10 +5,14 @@ from __future__ import annotations
 from enum import Enum
 
 
+class SettingError(ValueError):
+    """A setting that the user can correct. run.py prints it as one line, without a traceback."""
+
+
 def require(condition: bool, setting: str, expected: str, got: object) -> None:
-    """Raise ValueError with the setting's name unless `condition` holds."""
+    """Raise SettingError with the setting's name unless `condition` holds."""
     if not condition:
-        raise ValueError(f"{setting} must be {expected}, got {got!r}")
+        raise SettingError(f"{setting} must be {expected}, got {got!r}")
 
 
 class StageName(Enum):

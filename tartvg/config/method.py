@@ -122,7 +122,7 @@ class GrpoConfig:
     clip_high: float = 0.2
     """Larger than clip_low is DAPO's clip-higher."""
     kl_coef: float = 0.04
-    """alpha of METHOD: weight of the KL penalty; 0 skips the reference pass."""
+    """alpha: weight of the KL penalty; 0 skips the reference pass."""
     kl: KlEstimator = KlEstimator.k3
     advantage: AdvantageScale = AdvantageScale.sample_std
     advantage_eps: float = 1e-4
@@ -186,16 +186,17 @@ class PretrainConfig:
 
     output: str = "runs/tiny_base"
     """Folder that receives the model in Hugging Face format."""
-    num_videos: int = 1500
+    num_videos: int = 1000
     """Planted videos, drawn with their own seed; none of them is in the data set of the stages."""
-    perception_steps: int = 4000
-    habit_steps: int = 600
+    tower_steps: int = 1000
+    perception_steps: int = 3000
+    habit_steps: int = 500
     batch_size: int = 32
-    lr: float = 1.5e-3
+    lr: float = 2e-3
     habit_lr: float = 5e-4
 
     def __post_init__(self) -> None:
-        for name in ("num_videos", "perception_steps", "habit_steps", "batch_size"):
+        for name in ("num_videos", "tower_steps", "perception_steps", "habit_steps", "batch_size"):
             require(getattr(self, name) >= 1, f"pretrain.{name}", ">= 1", getattr(self, name))
         require(self.lr > 0, "pretrain.lr", "> 0", self.lr)
         require(self.habit_lr > 0, "pretrain.habit_lr", "> 0", self.habit_lr)

@@ -18,7 +18,7 @@ import av
 import numpy as np
 
 from tartvg.config import PlantedConfig
-from tartvg.data.scene import FPS, RULES, SIZE, Scene, SceneRules, draw, make_scene
+from tartvg.data.scene import FPS, RULES, SIZE, Scene, draw, make_scene
 from tartvg.records import read_jsonl, sample_from_json, write_jsonl
 from tartvg.types import GroundingSample
 
@@ -60,16 +60,20 @@ def _samples(scene: Scene, video: Path, split: str, queries: int) -> list[Ground
     ]
 
 
-def _draw_all(folder: Path, settings: PlantedConfig, rules: SceneRules) -> None:
+def scene_of(settings: PlantedConfig, split: str, index: int, name: str) -> Scene:
+    """The scene behind `<split>_<index>.mp4` of the data set `name`. No two splits share a seed."""
+    offset = {"train": 0, "val": 1, "test": 2}[split]
+    return make_scene((settings.seed * 3 + offset) * 1_000_000 + index, RULES[name])
+
+
+def _draw_all(folder: Path, settings: PlantedConfig, name: str) -> None:
     from rich.progress import track
 
     counts = {"train": settings.num_train, "val": settings.num_val, "test": settings.num_test}
     jobs = [(split, i) for split, count in counts.items() for i in range(count)]
-    offset = {"train": 0, "val": 1, "test": 2}
     samples: list[GroundingSample] = []
     for split, i in track(jobs, description=f"drawing {len(jobs)} planted videos"):
-        seed = (settings.seed * 3 + offset[split]) * 1_000_000 + i
-        scene = make_scene(seed, rules)
+        scene = scene_of(settings, split, i, name)
         video = folder / f"{split}_{i:05d}.mp4"
         encode(video, scene)
         samples += _samples(scene, Path(video.name), split, settings.queries_per_video)
@@ -89,7 +93,7 @@ def planted_folder(root: Path, settings: PlantedConfig, name: str) -> Path:
     side = root / f".{final.name}.{os.getpid()}"
     shutil.rmtree(side, ignore_errors=True)
     side.mkdir(parents=True)
-    _draw_all(side, settings, rules)
+    _draw_all(side, settings, name)
     try:
         side.rename(final)
     except OSError:  # another process was first

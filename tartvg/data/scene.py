@@ -107,7 +107,8 @@ def _window(rng: np.random.Generator, low: float, high: float, shortest: float, 
     return Span(start, start + length)
 
 
-def _event(rng: np.random.Generator, rules: SceneRules, duration: float, colour: str, shape: str, slot: int) -> Event:
+def _event(rng: np.random.Generator, rules: SceneRules, duration: float, kind: tuple[str, str], slot: int) -> Event:
+    colour, shape = kind
     action = ACTIONS[rng.integers(len(ACTIONS))]
     window = _window(rng, 0.5, duration - 0.5, rules.min_window, rules.max_window)
     windows: tuple[Span, ...] = (window,)
@@ -145,7 +146,7 @@ def make_scene(seed: int, rules: SceneRules) -> Scene:
     chosen = rng.permutation(len(combinations))[: rng.integers(rules.min_events, rules.max_events + 1)]
     slots = rng.permutation(max(4, len(chosen)))
     events = tuple(
-        _event(rng, rules, duration, *combinations[i], int(slot)) for i, slot in zip(chosen, slots, strict=False)
+        _event(rng, rules, duration, combinations[i], int(slot)) for i, slot in zip(chosen, slots, strict=False)
     )
     taken = {(e.colour, e.shape) for e in events}
     safe = tuple(
@@ -169,12 +170,13 @@ def _mask(shape: str, x: float, y: float, radius: float) -> np.ndarray:
     return (dy <= radius * 0.8) & (np.abs(dx) * 1.9 <= dy + radius * 1.1)
 
 
-def _is_within(spans: tuple[Span, ...], time: float) -> bool:
+def is_within(spans: tuple[Span, ...], time: float) -> bool:
+    """Whether one of the half-open spans covers `time`."""
     return any(s.start <= time < s.end for s in spans)
 
 
 def _draw_event(frame: np.ndarray, event: Event, time: float) -> None:
-    if not _is_within(event.visible, time):
+    if not is_within(event.visible, time):
         return
     x, y, radius, colour = event.x, event.y, event.radius, event.colour
     span = next(s for s in event.visible if s.start <= time < s.end)
@@ -183,7 +185,7 @@ def _draw_event(frame: np.ndarray, event: Event, time: float) -> None:
         x = SIZE / 2 + event.direction * (progress - 0.5) * (SIZE - 2 * radius)
     elif event.action == "grows":
         radius *= 0.45 + 0.75 * progress
-    elif event.action == "turns" and _is_within(event.windows, time):
+    elif event.action == "turns" and is_within(event.windows, time):
         colour = event.second_colour
     frame[_mask(event.shape, x, y, radius)] = COLOURS[colour]
 

@@ -118,7 +118,7 @@ def shared_prefix_attention(
     attention_mask: Tensor | None,
     scaling: float,
     shared: DecodeCache,
-    **_: Any,
+    **__: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one new token per row to its prompt (stored once for its group) and to its own completion.
 
@@ -144,7 +144,7 @@ def shared_prefix_attention(
     return out[:, None], None
 
 
-ALL_ATTENTION_FUNCTIONS.register(SHARED_PREFIX_ATTENTION, shared_prefix_attention)  # type: ignore[arg-type]
+ALL_ATTENTION_FUNCTIONS.register(SHARED_PREFIX_ATTENTION, shared_prefix_attention)
 
 
 @contextmanager

@@ -41,14 +41,15 @@ def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneratio
     """
     path = base_path(settings)
     tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision)
-    model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         path,
-        revision=settings.revision,
+        revision=settings.revision or "main",
         dtype=DTYPES[settings.precision],
         attn_implementation=settings.attention,
         use_safetensors=True,
         output_loading_info=True,
     )
+    model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         wrong = info.get(kind)
         if wrong:

@@ -22,7 +22,7 @@ from tartvg.data.video import Clip, read_clip
 from tartvg.policy.cache import DecodeCache, ExpandedCache, PrefixCache, decoding
 from tartvg.policy.features import FeatureCache, VideoFeatures, video_key
 from tartvg.policy.inputs import PromptInputs, clip_patches, encode_prompt
-from tartvg.policy.loading import REFERENCE, load_adapter, load_base, new_adapter
+from tartvg.policy.loading import ADAPTER, REFERENCE, load_adapter, load_base, new_adapter
 from tartvg.policy.sampling import draw, generators, restrict, uniforms
 from tartvg.timing import PhaseTimer
 from tartvg.types import Completion, Prompt
@@ -93,7 +93,7 @@ class Policy(torch.nn.Module):
             raise ValueError("the policy has no trainable parameter: the adapter was loaded frozen")
         self.cache = FeatureCache(settings.feature_cache_mb)
         self.timer = PhaseTimer()
-        core = self.model.get_base_model()
+        core: Any = self.model.get_base_model()
         self._core: list[Any] = [core]  # in a list: a module must not be registered twice
         banned = [self.tokenizer.convert_tokens_to_ids(t) for t in NEVER_SAMPLED]
         self.banned = [b for b in banned if b is not None and b != self.tokenizer.unk_token_id]
@@ -312,11 +312,12 @@ class Policy(torch.nn.Module):
                 with self.model.disable_adapter():
                     yield
                 return
-            self.model.base_model.set_adapter(REFERENCE, inference_mode=True)
+            tuner: Any = self.model.base_model
+            tuner.set_adapter(REFERENCE, inference_mode=True)
             try:
                 yield
             finally:
-                self.model.base_model.set_adapter("default", inference_mode=False)
+                tuner.set_adapter(ADAPTER, inference_mode=False)
 
 
 @contextmanager

@@ -38,10 +38,11 @@ def window_attention(
         parts = [t if is_everything else t[:, :, rows] for t in (query, key, value)]
         heads, width = query.shape[1], query.shape[3]
         batches = [t.view(heads, -1, length, width).transpose(0, 1) for t in parts]
-        part = scaled_dot_product_attention(*batches, dropout_p=dropout, scale=scaling)
+        q, k, v = batches
+        part = scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         part = part.transpose(0, 1).reshape(1, heads, -1, width)
         out = part if is_everything else out.index_copy(2, rows, part)
     return out.transpose(1, 2), None
 
 
-ALL_ATTENTION_FUNCTIONS.register(WINDOW_ATTENTION, window_attention)  # type: ignore[arg-type]
+ALL_ATTENTION_FUNCTIONS.register(WINDOW_ATTENTION, window_attention)

@@ -1,0 +1,124 @@
+"""The one table from a data set's name to its reader and its files; `load_samples` is what stages call.
+
+`dataset.root` holds the annotation files under the names of `SOURCES` (the first alternative that is there is read),
+`dataset.videos` the videos, named as each reader documents. A data set without a validation file has its validation
+split carved out of the training videos (`tartvg.data.splits`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tartvg.config import DatasetConfig, DatasetName
+from tartvg.data import activitynet, charades_sta, jsonl, qvhighlights, tacos, tvgbench
+from tartvg.data.annotations import Annotations, ReadOptions
+from tartvg.data.splits import carve
+from tartvg.types import GroundingSample
+
+Reader = Callable[[Sequence[Path], ReadOptions], Annotations]
+Files = tuple[tuple[str, ...], ...]
+SPLITS = ("train", "val", "test")
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a data set is read. Each split's files are alternatives; one alternative is read together."""
+
+    read: Reader
+    train: Files = ()
+    val: Files = ()
+    """Empty or absent: carved out of train."""
+    test: Files = ()
+
+
+SOURCES: dict[DatasetName, Source] = {
+    DatasetName.charades_sta: Source(
+        charades_sta.read,
+        train=(("charades_sta_train.txt", "Charades_v1_train.csv"), ("charades_train.json",), ("train.json",)),
+        val=(("charades_val.json",), ("val.json",)),
+        test=(("charades_sta_test.txt", "Charades_v1_test.csv"), ("charades_test.json",), ("test.json",)),
+    ),
+    DatasetName.qvhighlights: Source(
+        qvhighlights.read,
+        train=(("highlight_train_release.jsonl",),),
+        val=(("highlight_val_release.jsonl",),),
+        test=(("highlight_test_release.jsonl",),),
+    ),
+    DatasetName.activitynet: Source(
+        activitynet.read,
+        train=(("train.json",),),
+        val=(("val_1.json",), ("val.json",)),
+        test=(("val_2.json",), ("test.json",)),
+    ),
+    DatasetName.tacos: Source(tacos.read, train=(("train.json",),), val=(("val.json",),), test=(("test.json",),)),
+    DatasetName.tvgbench: Source(tvgbench.read, train=(("train_2k5.json",),), test=(("tvgbench.json",),)),
+    DatasetName.jsonl: Source(jsonl.read, train=(("train.jsonl",),), val=(("val.jsonl",),), test=(("test.jsonl",),)),
+    # `annotations.jsonl` of a drawn data set, for the stand-alone scorer; stages go through `load_planted`.
+    DatasetName.planted: Source(jsonl.read),
+    DatasetName.planted_long: Source(jsonl.read),
+}
+
+
+def load_samples(settings: DatasetConfig, split: str) -> list[GroundingSample]:
+    """The samples of one split (`train`, `val` or `test`), in the order of the file, at most `settings.limit`.
+
+    Raises ValueError naming the file and line of what is wrong, or the files that are missing.
+    """
+    return list(load_annotations(settings, split).samples)[: settings.limit]
+
+
+def load_annotations(settings: DatasetConfig, split: str) -> Annotations:
+    """All samples of one split, and the quirks of the file that they come from (not of the carved part alone)."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if settings.name in (DatasetName.planted, DatasetName.planted_long):
+        from tartvg.data.planted import load_planted  # PyAV comes with it, and the scorer needs none
+
+        return Annotations(tuple(load_planted(Path(settings.root), settings.planted, split, settings.name.value)))
+    root = Path(settings.root)
+    source = SOURCES[settings.name]
+    val = _present(root, source.val)
+    files = {"train": source.train, "val": source.val, "test": source.test}[split]
+    is_carved = val is None and split != "test"
+    paths = _present(root, source.train if is_carved else files)
+    if paths is None:
+        wanted = source.train if is_carved else files
+        raise ValueError(
+            f"dataset={settings.name.value} has no {split} split in {root}: "
+            + (f"it needs {' or '.join(' + '.join(names) for names in wanted)} there" if wanted else "there is none")
+        )
+    options = ReadOptions(
+        split="train" if is_carved else split,
+        videos=Path(settings.videos) if settings.videos else root / "videos",
+        clip_windows=settings.clip_windows,
+    )
+    annotations = source.read(paths, options)
+    _LOG.info("%s: %s", paths[0], annotations.quirks.summary())
+    if annotations.quirks.dropped:
+        _LOG.warning("%s: %d training queries dropped", paths[0], annotations.quirks.dropped)
+    return replace(annotations, samples=tuple(carve(annotations.samples, split))) if is_carved else annotations
+
+
+def read_files(name: DatasetName, paths: Sequence[Path], split: str, *, clip_windows: bool = True) -> Annotations:
+    """Annotation files given by hand, for the stand-alone scorer: video paths are relative and no video is needed.
+
+    The validation split of Charades-STA and TVGBench is carved out of the *training* files given.
+    """
+    source = SOURCES[name]
+    is_carved = split == "val" and name in (DatasetName.charades_sta, DatasetName.tvgbench)
+    options = ReadOptions("train" if is_carved else split, clip_windows=clip_windows)
+    annotations = source.read(paths, options)
+    return replace(annotations, samples=tuple(carve(annotations.samples, split))) if is_carved else annotations
+
+
+def _present(root: Path, alternatives: Files) -> tuple[Path, ...] | None:
+    """The first alternative whose files are all in `root`."""
+    for names in alternatives:
+        paths = tuple(root / name for name in names)
+        if all(path.is_file() for path in paths):
+            return paths
+    return None

@@ -1,0 +1,97 @@
+"""One video file -> what is wrong with it, before anybody trains on it. PyAV, no torch.
+
+Two passes: over the packets (cheap; gives the true length and the spacing of the frames, because containers lie about
+both), and over the frames that training would sample, by the function that training calls.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from enum import Enum
+from itertools import pairwise
+from pathlib import Path
+
+import av
+from av.error import FFmpegError
+
+from tartvg.config import FramesConfig
+from tartvg.data.video import VideoError, read_clip
+
+VARIABLE_SPACING = 0.2
+"""A gap between frames is odd when it differs from the median gap by more than this share of it."""
+VARIABLE_SHARE = 0.01
+"""The frame rate is variable when more than this share of the gaps is odd: one dropped frame is not."""
+
+
+class VideoFault(str, Enum):
+    """What is wrong with a video, the gravest first. All but the last make its queries unusable or wrong."""
+
+    MISSING = "missing"
+    UNREADABLE = "unreadable"
+    NO_VIDEO_STREAM = "no_video_stream"
+    DURATION_DISAGREES = "duration_disagrees"
+    """The file is shorter or longer than its annotation says: another cut, another encoding or another video."""
+    VARIABLE_FRAME_RATE = "variable_frame_rate"
+    """Harmless here, since times come from the frames; code that divides indices by a frame rate is wrong on it."""
+
+    @property
+    def is_error(self) -> bool:
+        """False for a mere warning."""
+        return self is not VideoFault.VARIABLE_FRAME_RATE
+
+
+@dataclass(frozen=True)
+class VideoFacts:
+    """What one file is like."""
+
+    duration: float | None = None
+    """Seconds from the first frame to the end of the last; None when the file cannot be read."""
+    num_frames: int = 0
+    faults: tuple[VideoFault, ...] = ()
+    detail: str = ""
+    """The reason, in the words of the decoder where it has any."""
+
+
+def examine(path: Path, frames: FramesConfig, annotated: float) -> VideoFacts:
+    """Look at one file whose annotation says that it lasts `annotated` seconds. Never raises for a damaged file."""
+    if not path.is_file():
+        return VideoFacts(faults=(VideoFault.MISSING,), detail=f"{path}: no such file")
+    try:
+        times = _packet_times(path)
+        if times is None:
+            return VideoFacts(faults=(VideoFault.NO_VIDEO_STREAM,), detail=f"{path}: no video stream")
+        clip = read_clip(path, frames)
+    except (VideoError, FFmpegError, OSError, ValueError, MemoryError) as error:
+        detail = str(error) if str(path) in str(error) else f"{path}: {error}"
+        return VideoFacts(faults=(VideoFault.UNREADABLE,), detail=detail)
+    faults, details = [], []
+    # Annotations round, and count up to the last frame or past it; two seconds of a hundred are another file.
+    if abs(clip.duration - annotated) > max(1.0, 0.02 * annotated):
+        faults.append(VideoFault.DURATION_DISAGREES)
+        details.append(f"{path}: lasts {clip.duration:.2f} s, annotated as {annotated:.2f} s")
+    if has_variable_rate(times):
+        faults.append(VideoFault.VARIABLE_FRAME_RATE)
+        details.append(f"{path}: variable frame rate")
+    return VideoFacts(clip.duration, len(times), tuple(faults), "; ".join(details))
+
+
+def has_variable_rate(times: list[float]) -> bool:
+    """Whether frames at `times` (seconds, ascending) are unevenly spaced, beyond a dropped frame here and there."""
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    if len(gaps) < 2:
+        return False
+    median = statistics.median(gaps)
+    odd = sum(abs(gap - median) > VARIABLE_SPACING * median + 1e-9 for gap in gaps)
+    return odd > max(1.0, VARIABLE_SHARE * len(gaps))
+
+
+def _packet_times(path: Path) -> list[float] | None:
+    """Presentation times of all frames in seconds; None when there is no video stream."""
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            return None
+        stream = container.streams.video[0]
+        base = stream.time_base
+        stamps = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
+    return [float(stamp * base) for stamp in stamps] if base is not None else []

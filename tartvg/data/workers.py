@@ -1,0 +1,110 @@
+"""Run one function over many inputs in processes that may crash or hang without taking the others along.
+
+Decoders are C code: a damaged file can end the process or never return. `concurrent.futures` gives up its whole pool on
+the first, and waits for ever on the second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Generic, TypeVar
+
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+class WorkerError(RuntimeError):
+    """A process that crashed, or was ended because it took too long. The message is the reason."""
+
+
+@dataclass
+class _Worker(Generic[In]):
+    process: BaseProcess
+    connection: Connection
+    item: In | None = None
+    deadline: float = float("inf")
+
+
+def map_isolated(
+    function: Callable[[In], Out], items: Sequence[In], workers: int, timeout_s: float
+) -> Iterator[tuple[In, Out | WorkerError]]:
+    """(item, function(item)) in the order in which they finish; a WorkerError in place of what never came.
+
+    `function` and `items` are pickled; `function` should not raise. A process that works on one item for longer than
+    `timeout_s` seconds is killed and replaced. `workers` 0 runs everything in this process, without that protection.
+    """
+    if workers == 0:
+        yield from ((item, function(item)) for item in items)
+        return
+    # Not fork: this process may hold threads (torch, CUDA) that a forked child would inherit half-alive.
+    context = multiprocessing.get_context("spawn")
+    waiting = deque(items)
+    busy: list[_Worker[In]] = []
+    idle: list[_Worker[In]] = []
+    try:
+        while waiting or busy:
+            while waiting and len(busy) < workers:
+                worker = idle.pop() if idle else _start(context, function)
+                worker.item, worker.deadline = waiting.popleft(), time.monotonic() + timeout_s + _STARTING_S
+                worker.connection.send(worker.item)
+                busy.append(worker)
+            ready = wait([w.connection for w in busy], timeout=0.5)
+            for worker in list(busy):
+                result: Out | WorkerError
+                if worker.connection in ready:
+                    result = _receive(worker)
+                elif time.monotonic() > worker.deadline:
+                    result = WorkerError(f"took longer than {timeout_s:g} s")
+                else:
+                    continue
+                busy.remove(worker)
+                if isinstance(result, WorkerError):
+                    _stop(worker)
+                else:
+                    idle.append(worker)
+                assert worker.item is not None
+                yield worker.item, result
+    finally:
+        for worker in busy + idle:
+            _stop(worker)
+
+
+_STARTING_S = 20.0
+"""Allowance for a process that has just been started and still imports."""
+
+
+def _start(context: multiprocessing.context.SpawnContext, function: Callable[[In], Out]) -> _Worker[In]:
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+    process.start()
+    theirs.close()  # else a crash of the child would not close the pipe
+    return _Worker(process, ours)
+
+
+def _serve(function: Callable[[In], Out], connection: Connection) -> None:
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        connection.send(function(item))
+
+
+def _receive(worker: _Worker[In]) -> Out | WorkerError:
+    try:
+        return worker.connection.recv()
+    except (EOFError, OSError):
+        worker.process.join(timeout=5)
+        return WorkerError(f"its process ended with code {worker.process.exitcode}")
+
+
+def _stop(worker: _Worker[In]) -> None:
+    worker.connection.close()
+    worker.process.kill()
+    worker.process.join()

@@ -1,0 +1,1 @@
+"""A run folder -> tables, curves, film strips and one self-contained HTML page."""

@@ -1,0 +1,170 @@
+"""HTML of single answers: film strips that compare two policies, and what the policy said while it learned."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from matplotlib.ticker import MaxNLocator
+
+from tartvg.evaluation.score import answer_iou
+from tartvg.report.strips import Lane, contact_row, lane_text, lanes_of
+from tartvg.types import GroundingSample, Prediction, Rollout, RolloutGroup, Span
+
+MAX_CHARACTERS = 4000
+"""Longer completions are cut in the page; rollouts.jsonl and predictions.jsonl hold them whole."""
+TAGGED = re.compile(r"(<timestamp>[^<]{0,200}</timestamp>)|(<answer>[^<]{0,200}</answer>)")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test query answered by two policies (or by one: then `before` is None)."""
+
+    kind: str
+    """`best improved`, `typical` or `worst`."""
+    before: Prediction | None
+    after: Prediction
+    windows: tuple[Span, ...]
+    iou_before: float
+    iou_after: float
+
+
+def choose_cases(
+    before: Sequence[Prediction],
+    after: Sequence[Prediction],
+    samples_by_id: Mapping[str, GroundingSample],
+    num_each: int = 2,
+) -> list[Case]:
+    """The greedy answers that improved most, changed as the median does, and lost most: `num_each` of each kind.
+
+    Without `before`, the best, the median and the worst IoU. The choice is a function of the predictions alone.
+    """
+    old = {p.sample_id: p for p in before if p.sample_index == 0}
+    cases = []
+    for p in sorted((p for p in after if p.sample_index == 0), key=lambda p: p.sample_id):
+        windows = samples_by_id[p.sample_id].windows if p.sample_id in samples_by_id else p.windows
+        if windows and (p.sample_id in old or not old):
+            first = old.get(p.sample_id)
+            iou_before = answer_iou(first.answer, windows) if first else 0.0
+            cases.append(Case("", first, p, windows, iou_before, answer_iou(p.answer, windows)))
+    # Ties in the change are broken by the final IoU: the best should also look good, the worst also look bad.
+    cases.sort(key=lambda c: (c.iou_after - c.iou_before, c.iou_after), reverse=True)
+    num = min(num_each, len(cases))
+    best, rest = cases[:num], cases[num:]
+    worst = rest[-min(num, len(rest)) :] if rest else []
+    rest = rest[: len(rest) - len(worst)]
+    middle = max(0, (len(rest) - num) // 2)
+    typical = rest[middle : middle + num]
+    labelled = [("best improved" if old else "best", best), ("typical", typical), ("worst", worst[::-1])]
+    return [
+        Case(kind, c.before, c.after, c.windows, c.iou_before, c.iou_after) for kind, part in labelled for c in part
+    ]
+
+
+def case_html(case: Case, names: tuple[str, str], samples_by_id: Mapping[str, GroundingSample]) -> str:
+    """One card: query, film strip with both policies' anchors and answers, both texts. Damaged videos show why."""
+    after, sample = case.after, samples_by_id.get(case.after.sample_id)
+    length = sample.duration if sample else after.duration
+    lanes = [Lane("truth", "truth", case.windows)]
+    change = f"IoU {case.iou_after:.2f} ({names[1]})"
+    texts = [said_html(names[1], after.text)]
+    if case.before is not None:
+        lanes += lanes_of(case.before.anchors, case.before.answer, f"{names[0]}: ")
+        change = f"IoU {case.iou_before:.2f} ({names[0]}) → {case.iou_after:.2f} ({names[1]})"
+        texts.insert(0, said_html(names[0], case.before.text))
+    lanes += lanes_of(after.anchors, after.answer, f"{names[1]}: ")
+    return (
+        f'<article class="card"><p class="kind">{escape(case.kind)}</p><h3>{escape(after.query)}</h3>'
+        f'<p class="meta">{escape(Path(after.video).name)}, {length:.1f} s. {escape(change)}</p>'
+        f"{_strip_html(sample.video if sample else None, length, lanes)}"
+        f'<div class="pair">{"".join(texts)}</div></article>'
+    )
+
+
+def _strip_html(video: Path | None, duration: float, lanes: Sequence[Lane]) -> str:
+    """Frames as one picture and bars as positioned boxes on the same axis: sharp and readable at every width."""
+    if duration <= 0:
+        return '<p class="note">No film strip: the duration is unknown.</p>'
+    frames = '<p class="note">No frames: the video is not among the samples of this data set.</p>'
+    if video is not None:
+        try:
+            data = base64.b64encode(contact_row(video, duration)).decode()
+            frames = f'<img class="frames" alt="Frames at even times" src="data:image/jpeg;base64,{data}">'
+        except ValueError:
+            frames = '<p class="note">No frames: the video could not be read.</p>'
+    rows = "".join(_lane_html(lane, duration) for lane in lanes)
+    ticks = [t for t in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0, duration) if 0 <= t <= duration]
+    marks = "".join(f'<span style="left:{100 * t / duration:.2f}%">{t:g}</span>' for t in ticks)
+    return (
+        f'<figure class="strip"><div class="lane">{frames}</div>{rows}<div class="lane seconds" aria-hidden="true">'
+        f'<span class="label">seconds</span><span class="axis">{marks}</span></div></figure>'
+    )
+
+
+def _lane_html(lane: Lane, duration: float) -> str:
+    bars = ""
+    for span in lane.spans:
+        start, end = max(span.start, 0.0), min(span.end, duration)
+        if end >= start and start <= duration:
+            left, width = 100 * start / duration, 100 * (end - start) / duration
+            bars += f'<span class="bar {lane.kind}" style="left:{left:.2f}%;width:{width:.2f}%"></span>'
+    text = lane_text(lane)
+    if any(span.length < 0 for span in lane.spans):
+        text += " (reversed)"
+    elif lane.spans and not bars:
+        text += " (outside)"
+    return (
+        f'<div class="lane"><span class="label">{escape(lane.label)}</span>'
+        f'<span class="track" aria-hidden="true">{bars}</span><span class="numbers">{escape(text)}</span></div>'
+    )
+
+
+def said_html(name: str, text: str) -> str:
+    """A completion, escaped, with its anchors and its answer marked."""
+    cut = text[:MAX_CHARACTERS]
+    more = f'<p class="note">… {len(text) - len(cut):,} more characters</p>' if len(cut) < len(text) else ""
+    return f'<div class="said"><h4>{escape(name)}</h4><p class="text">{marked(cut) or "(empty)"}</p>{more}</div>'
+
+
+def marked(text: str) -> str:
+    """Escaped HTML of a completion; `<timestamp>…</timestamp>` and `<answer>…</answer>` become marks."""
+    parts, end = [], 0
+    for match in TAGGED.finditer(text):
+        kind = "anchor" if match.group(1) else "answer"
+        parts += [escape(text[end : match.start()]), f'<mark class="{kind}">{escape(match.group())}</mark>']
+        end = match.end()
+    return "".join([*parts, escape(text[end:])])
+
+
+def rollouts_html(groups: Sequence[RolloutGroup]) -> str:
+    """The best and the worst rollout of one step, with their reward terms; empty without groups."""
+    pairs = sorted(
+        ((group, rollout) for group in groups for rollout in group.rollouts), key=lambda pair: pair[1].reward.total
+    )
+    if not pairs:
+        return ""
+    chosen = [("best", pairs[-1])] + ([("worst", pairs[0])] if len(pairs) > 1 else [])
+    return "".join(_rollout_html(rank, *pair) for rank, pair in chosen)
+
+
+def _rollout_html(rank: str, group: RolloutGroup, rollout: Rollout) -> str:
+    reward = rollout.reward
+    terms = [
+        *(("total", reward.total), ("format", reward.format), ("answer IoU", reward.iou)),
+        *(("TAR1", reward.tar1), ("TAR2", reward.tar2), ("TAR3", reward.tar3)),
+        *((f"anchor {i} IoU", value) for i, value in enumerate(reward.anchor_ious, start=1)),
+    ]
+    listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{value:.2f}</dd></div>" for name, value in terms)
+    truth = ", ".join(f"{w} s" for w in group.prompt.sample.windows)
+    faults = ", ".join(f.value for f in rollout.response.faults)
+    return (
+        f'<article class="card"><p class="kind">step {group.step}, {rank}</p>'
+        f"<h3>{escape(group.prompt.sample.query)}</h3>"
+        f'<p class="meta">truth {escape(truth)}{escape(f"; faults: {faults}" if faults else "")}</p>'
+        f'<dl class="terms">{listed}</dl>'
+        f'<p class="text">{marked(rollout.completion.text[:MAX_CHARACTERS]) or "(empty)"}</p></article>'
+    )

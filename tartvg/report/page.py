@@ -1,0 +1,193 @@
+"""One self-contained HTML page about a run: no script, nothing loaded from the network, everything escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+from tartvg.evaluation.score import paired_p_value
+from tartvg.records import write_atomic
+from tartvg.report.cards import case_html, choose_cases, rollouts_html
+from tartvg.report.curves import draw_panels
+from tartvg.report.runs import TARGETS, RunFolder, first_and_last_groups, read_run
+from tartvg.report.strips import ANCHOR_COLOUR, ANSWER_COLOUR, TRUTH_COLOUR
+from tartvg.report.style import CSS
+from tartvg.report.tables import (
+    Table,
+    filter_table,
+    paper_tables,
+    percent,
+    seconds_table,
+    stage_table_of,
+    to_html,
+)
+from tartvg.types import GroundingSample, Scorecard
+
+MIN_TESTED_VIDEOS = 6
+
+
+def build_report(run_dir: Path, samples_by_id: Mapping[str, GroundingSample], output: Path) -> Path:
+    """Write the page about `run_dir` to the file `output` and return it.
+
+    `samples_by_id` are the evaluated samples: they give the truth and the video files of the film strips. What the
+    run folder lacks is left out and named at the end of the page. Raises ValueError for a folder that does not exist
+    and for damaged files; a damaged video only loses its frames.
+    """
+    run = read_run(run_dir)
+    sections = [
+        ("scores", "Scores", _scores(run)),
+        ("curves", "Training curves", _curves(run)),
+        ("filter", "Filter", _filter(run)),
+        ("time", "Time", _time(run)),
+        ("examples", "Test queries", _examples(run, samples_by_id)),
+        ("rollouts", "What the policy said while it learned", _rollouts(run)),
+        ("config", "Configuration", _config(run)),
+        ("missing", "Missing", _missing(run)),
+    ]
+    shown = [(anchor, title, body) for anchor, title, body in sections if body]
+    links = "".join(f'<li><a href="#{anchor}">{escape(title)}</a></li>' for anchor, title, _ in shown)
+    body = "".join(f'<section id="{anchor}"><h2>{escape(title)}</h2>{body}</section>' for anchor, title, body in shown)
+    title = f"TAR-TVG run: {run.path.resolve().name}"
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{CSS}</style></head><body>"
+        f"<header><h1>{escape(title)}</h1>{_lead(run, samples_by_id)}"
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main></body></html>\n'
+    )
+    write_atomic(output, page)
+    return output
+
+
+def _ends(run: RunFolder) -> tuple[str | None, str | None]:
+    """The policies to compare: the base (or the earliest one scored) and the last one of the method."""
+    scored = [target for target in TARGETS if target in run.scores]
+    if not scored:
+        return None, next(iter(run.scores), None)
+    return (scored[0] if len(scored) > 1 else None), scored[-1]
+
+
+def _lead(run: RunFolder, samples_by_id: Mapping[str, GroundingSample]) -> str:
+    first, last = _ends(run)
+    intro = (
+        '<p class="lead">Temporal video grounding with timestamp anchors: the policy reasons in a think block, narrows '
+        "the moment down anchor by anchor, and answers with its start and end.</p>"
+    )
+    if last is None:
+        return f"{intro}<p>No policy of this run has been scored yet.</p>"
+    before = _headline(run.scores[first]) if first else {}
+    items = ""
+    for name, value in _headline(run.scores[last]).items():
+        shown, small = percent(value), f"{last}, %"
+        if name in before:
+            shown, small = f"{percent(before[name])} → {shown}", f"{first} → {last}, %"
+        items += f"<div><dt>{escape(name)}</dt><dd>{escape(shown)}<small>{escape(small)}</small></dd></div>"
+    return f'{intro}<dl class="figures">{items}</dl>{_significance(run, first, last, samples_by_id)}'
+
+
+def _headline(card: Scorecard) -> dict[str, float]:
+    recall = {f"R1@{t:g}": e.value for t, e in card.recall.items() if t == max(card.recall)}
+    return {"mIoU": card.miou.value, **recall, "Valid outputs": card.valid_rate.value}
+
+
+def _significance(
+    run: RunFolder,
+    first: str | None,
+    last: str,
+    samples_by_id: Mapping[str, GroundingSample],
+) -> str:
+    if first is None or first not in run.predictions or last not in run.predictions:
+        return ""
+    before, after = ([p for p in run.predictions[t] if p.sample_id in samples_by_id] for t in (first, last))
+    ids = {p.sample_id for p in (*before, *after)}
+    samples = [samples_by_id[i] for i in sorted(ids) if samples_by_id[i].windows]
+    # With fewer videos the test cannot reach 5 %, whatever the answers are.
+    num_videos = len({s.video for s in samples})
+    if num_videos < MIN_TESTED_VIDEOS or len(samples) != len(ids):
+        return ""
+    p = paired_p_value(samples, before, after)
+    shown = f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
+    return (
+        f'<p class="note">Difference in mIoU between {escape(first)} and {escape(last)}: {shown} '
+        f"(paired sign-flip permutation test by video, {len(samples)} queries of "
+        f"{num_videos} videos).</p>"
+    )
+
+
+def _scores(run: RunFolder) -> str:
+    papers = "".join(f"<div>{to_html(_without_note(table))}</div>" for table in paper_tables())
+    note = paper_tables()[0].note
+    return (
+        f"{to_html(stage_table_of(run.scores))}"
+        f'<aside class="paper" aria-label="The paper\'s own numbers"><div class="side">{papers}</div>'
+        f'<p class="note">{escape(note)}</p></aside>'
+    )
+
+
+def _without_note(table: Table) -> Table:
+    return Table(table.title, table.columns, table.rows)
+
+
+def _curves(run: RunFolder) -> str:
+    panels, absent = draw_panels(run.metrics)
+    if not panels:
+        return ""
+    figures = "".join(f"<figure><figcaption>{escape(p.title)}</figcaption>{p.svg}</figure>" for p in panels)
+    note = f'<p class="note">No data for: {escape("; ".join(absent))}.</p>' if absent else ""
+    return f'<div class="panels">{figures}</div>{note}'
+
+
+def _filter(run: RunFolder) -> str:
+    return to_html(filter_table(run.filtered)) if run.filtered else ""
+
+
+def _time(run: RunFolder) -> str:
+    table = seconds_table(run.metrics, run.manifests)
+    unfinished = [stage for stage, manifest in run.manifests.items() if not manifest.get("finished", False)]
+    note = f'<p class="note">Not finished: {escape(", ".join(unfinished))}.</p>' if unfinished else ""
+    return f"{to_html(table)}{note}" if table else note
+
+
+def _examples(run: RunFolder, samples_by_id: Mapping[str, GroundingSample]) -> str:
+    first, last = _ends(run)
+    if last is None or last not in run.predictions:
+        return ""
+    before = run.predictions.get(first, []) if first else []
+    cases = choose_cases(before, run.predictions[last], samples_by_id)
+    if not cases:
+        return ""
+    cards = "".join(case_html(case, (first or "", last), samples_by_id) for case in cases)
+    keys = [(TRUTH_COLOUR, "truth"), (ANCHOR_COLOUR, "anchors, in order"), (ANSWER_COLOUR, "answer")]
+    key = "".join(f'<li><i style="background:{colour}"></i>{escape(name)}</li>' for colour, name in keys)
+    return (
+        "<p>Greedy answers, chosen by rule and not by hand: the largest improvements, the median, the largest losses. "
+        f'Each frame stands for its part of the time axis.</p><ul class="key">{key}</ul>{cards}'
+    )
+
+
+def _rollouts(run: RunFolder) -> str:
+    parts = []
+    for stage, path in run.rollouts.items():
+        cards = "".join(rollouts_html(groups) for groups in first_and_last_groups(path))
+        if cards:
+            parts.append(f"<details open><summary>{escape(stage)}: first and last step</summary>{cards}</details>")
+    if not parts:
+        return ""
+    intro = "<p>Sampled completions with their reward terms before weights; the total has the weights applied.</p>"
+    return intro + "".join(parts)
+
+
+def _config(run: RunFolder) -> str:
+    commands = {str(m["command"]) for m in run.manifests.values() if m.get("command")}
+    shown = "".join(f"<pre><code>{escape(command)}</code></pre>" for command in sorted(commands))
+    if run.config is not None:
+        shown += f"<details><summary>config.yaml</summary><pre><code>{escape(run.config)}</code></pre></details>"
+    return shown
+
+
+def _missing(run: RunFolder) -> str:
+    if not run.missing:
+        return ""
+    items = "".join(f"<li><code>{escape(name)}</code></li>" for name in run.missing)
+    return f"<p>A complete run has these files too; what would come from them is not on this page.</p><ul>{items}</ul>"

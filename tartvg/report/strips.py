@@ -1,0 +1,148 @@
+"""Film strips: frames at even times above one time axis that shows truth, anchors and answer."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from tartvg.types import Span
+
+# Okabe and Ito's palette; each lane is named as well, so colour is never the only sign.
+TRUTH_COLOUR = "#009E73"
+ANCHOR_COLOUR = "#0072B2"
+ANSWER_COLOUR = "#D55E00"
+NUM_FRAMES = 8
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One row of bars under the frames."""
+
+    label: str
+    kind: str
+    """`truth`, `anchor` or `answer`."""
+    spans: tuple[Span, ...]
+
+
+COLOURS = {"truth": TRUTH_COLOUR, "anchor": ANCHOR_COLOUR, "answer": ANSWER_COLOUR}
+
+
+def frame_times(duration: float, num: int = NUM_FRAMES) -> list[float]:
+    """The middles of `num` equal parts of [0, duration], in seconds: each frame stands for its part of the axis."""
+    return [duration * (i + 0.5) / num for i in range(num)]
+
+
+def thumbnails(video: Path, times: Sequence[float], height: int = 96) -> list[Image.Image]:
+    """RGB frames at `times` (seconds from the video's first frame), `height` pixels high, shape kept.
+
+    Past the end the last frame is repeated. Raises ValueError, naming the file, if it has no readable frames.
+    """
+    images: list[Image.Image] = []
+    try:
+        with av.open(str(video)) as container:
+            stream = container.streams.video[0]
+            begin = float((stream.start_time or 0) * (stream.time_base or 0))
+            for time in times:
+                # Seeking goes to the key frame before the time; decode from there to the frame itself.
+                container.seek(int((begin + time) * 1_000_000))
+                found = None
+                for frame in container.decode(stream):
+                    found = frame
+                    if frame.time is not None and frame.time - begin >= time - 1e-6:
+                        break
+                if found is not None:
+                    width = max(1, round(found.width * height / found.height))
+                    images.append(found.to_image(width=width, height=height))
+                elif images:
+                    images.append(images[-1])
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise ValueError(f"{video} could not be read as a video ({error})") from error
+    if len(images) != len(times):
+        raise ValueError(f"{video} has no readable frames")
+    return images
+
+
+def contact_row(video: Path, duration: float, num: int = NUM_FRAMES, height: int = 96) -> bytes:
+    """The frames side by side as one JPEG. Raises ValueError as `thumbnails` does."""
+    images = thumbnails(video, frame_times(duration, num), height)
+    width = max(image.width for image in images)
+    row = Image.new("RGB", (width * num, height), "white")
+    for i, image in enumerate(images):
+        # A light line on the left edge keeps neighbouring frames apart.
+        row.paste(image.crop((2 if i else 0, 0, width, height)), (i * width + (2 if i else 0), 0))
+    buffer = io.BytesIO()
+    row.save(buffer, "JPEG", quality=82, optimize=True)
+    return buffer.getvalue()
+
+
+def lanes_of(anchors: Sequence[Span], answer: Span | None, prefix: str = "") -> list[Lane]:
+    """One lane per anchor, in order, then the answer; an unreadable answer is an empty lane."""
+    lanes = [Lane(f"{prefix}anchor {i}", "anchor", (span,)) for i, span in enumerate(anchors, start=1)]
+    return [*lanes, Lane(f"{prefix}answer", "answer", () if answer is None else (answer,))]
+
+
+def film_strip(
+    video: Path,
+    duration: float,
+    truth: Sequence[Span],
+    anchors: Sequence[Span],
+    answer: Span | None,
+    title: str,
+    num_frames: int = NUM_FRAMES,
+) -> bytes:
+    """A PNG: frames, and under them on the same time axis the truth (if known), each anchor in order, the answer.
+
+    Times are seconds. Raises ValueError as `thumbnails` does, and for a duration that is not positive.
+    """
+    if duration <= 0:
+        raise ValueError(f"duration must be > 0, got {duration}")
+    images = thumbnails(video, frame_times(duration, num_frames), height=180)
+    lanes = [Lane("truth", "truth", tuple(truth))] if truth else []
+    lanes += lanes_of(anchors, answer)
+    aspect = images[0].width / images[0].height
+    width, margin = 12.0, 1.5
+    row = (width - margin) / num_frames / aspect
+    figure = Figure(figsize=(width, row + 0.34 * len(lanes) + 1.1), layout="constrained")
+    frames, bars = figure.subplots(2, 1, sharex=True, height_ratios=[row, 0.34 * len(lanes)])
+    step = duration / num_frames
+    for i, image in enumerate(images):
+        frames.imshow(np.asarray(image), extent=(i * step, (i + 1) * step, 0, 1), aspect="auto")
+        frames.axvline(i * step, color="white", linewidth=3 if i else 0)
+    frames.set(xlim=(0, duration), ylim=(0, 1), yticks=[])
+    frames.tick_params(bottom=False)
+    frames.spines[:].set_visible(False)
+    # A query may hold a dollar sign, which is text here and not mathematics.
+    frames.set_title(title, loc="left", fontsize=13, color="#1a1a1a", wrap=True, parse_math=False)
+    for i, lane in enumerate(lanes):
+        drawn = [(max(s.start, 0.0), min(s.end, duration)) for s in lane.spans]
+        bars.broken_barh(
+            [(start, max(end - start, 0.004 * duration)) for start, end in drawn if start < duration and end >= start],
+            (len(lanes) - 1 - i - 0.32, 0.64),
+            color=COLOURS[lane.kind],
+        )
+    names = [f"{lane.label}\n{lane_text(lane)}" for lane in reversed(lanes)]
+    bars.set_yticks(range(len(lanes)), names, fontsize=8.5, color="#1a1a1a")
+    bars.set_ylim(-0.6, len(lanes) - 0.4)
+    bars.set_xlabel("seconds", color="#444")
+    bars.tick_params(axis="y", length=0)
+    bars.grid(axis="x", color="#e2e2e2")
+    bars.set_axisbelow(True)
+    bars.spines[["top", "right", "left"]].set_visible(False)
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    return buffer.getvalue()
+
+
+def lane_text(lane: Lane) -> str:
+    """The lane's spans in seconds, or why there are none."""
+    if not lane.spans:
+        return "unreadable" if lane.kind == "answer" else "none"
+    return ", ".join(f"{s} s" for s in lane.spans)

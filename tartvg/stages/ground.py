@@ -1,0 +1,59 @@
+"""ground: one video, one sentence, one answer, with its film strip."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tartvg.config import Config, SettingError
+from tartvg.data.video import VideoError, read_clip
+from tartvg.policy.policy import greedy
+from tartvg.prompts import build_prompt
+from tartvg.report.strips import film_strip
+from tartvg.response import parse_response
+from tartvg.stages.common import adapter_of, load_policy, set_up
+from tartvg.stages.folder import run_dir
+from tartvg.types import GroundingSample
+
+LAST_TO_FIRST = ("grpo2", "sft", "grpo1")
+
+
+def trained_adapter(config: Config) -> Path | None:
+    """`init_adapter` if set, else the furthest stage of the run that has an adapter, else None: the base."""
+    if config.init_adapter is not None:
+        return adapter_of(config, config.init_adapter)
+    for stage in LAST_TO_FIRST:
+        folder = run_dir(config) / stage / "adapter"
+        if (folder / "adapter_model.safetensors").is_file():
+            return folder
+    return None
+
+
+def run_ground(config: Config) -> None:
+    """Print anchors and answer, and write `<run>/ground/<video>_<query>.png`."""
+    assert config.video is not None and config.query is not None
+    set_up(config)
+    video = Path(config.video)
+    try:
+        clip = read_clip(video, config.policy.frames)
+    except VideoError as error:
+        raise SettingError(f"video: {error}") from error
+    adapter = trained_adapter(config)
+    print(f"policy: {config.policy.path} " + (f"with {adapter}" if adapter else "(no trained adapter in this run)"))
+    sample = GroundingSample(video.stem, video, config.query, (), clip.duration, "test")
+    policy = load_policy(config, adapter).eval()
+    prepared = policy.prepare(build_prompt(sample, config.anchors), clip)
+    completion = policy.sample([prepared], 1, greedy(config.grpo.sampling), [0])[0][0]
+    response = parse_response(completion.text)
+    print(completion.text)
+    for number, anchor in enumerate(response.anchors, start=1):
+        print(f"anchor {number}: {anchor} s")
+    print(f"answer:   {response.answer} s" if response.answer else "answer:   none could be read")
+    if response.faults:
+        print("format:   " + ", ".join(f.value for f in response.faults))
+    name = re.sub(r"\W+", "_", f"{video.stem}_{config.query}")[:80].strip("_")
+    folder = run_dir(config) / "ground"
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / f"{name}.png"
+    picture.write_bytes(film_strip(video, clip.duration, [], response.anchors, response.answer, config.query))
+    print(f"film strip: {picture}")

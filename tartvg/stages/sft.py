@@ -1,0 +1,52 @@
+"""sft: a fresh base learns to write like the filtered traces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.utils.data import DataLoader
+
+from tartvg.config import Config, SettingError
+from tartvg.policy.loading import save_adapter
+from tartvg.records import read_jsonl, to_json, trace_from_json
+from tartvg.stages.common import base_identity, load_policy, prompts_of, set_up
+from tartvg.stages.folder import StageFolder, fingerprint, run_dir
+from tartvg.tracking import Tracker
+from tartvg.training.loop import StageRun, make_trainer
+from tartvg.training.plan import first
+from tartvg.training.sft_module import SftModule, TraceDataset
+
+
+def run_sft(config: Config) -> None:
+    """Train `<run>/sft/adapter` on `<run>/filter/traces.jsonl`, starting from the untouched base."""
+    set_up(config)
+    source = run_dir(config) / "filter" / "traces.jsonl"
+    if not source.is_file():
+        raise SettingError(f"stage=sft needs {source}: run stage=filter with the same name first")
+    key = {
+        "policy": config.policy, "dataset": config.dataset, "prompt": config.anchors.prompt,
+        "target": config.anchors.target, "sft": config.sft, "seed": config.seed, "traces": fingerprint(source),
+        "base": base_identity(config), "threads": config.trainer.num_threads,
+    }  # fmt: skip
+    place = StageFolder(run_dir(config) / "sft", config, key)
+    with place.work() as is_needed:
+        if is_needed:
+            _train(config, place.folder, source)
+
+
+def _train(config: Config, folder: Path, source: Path) -> None:
+    traces = [trace_from_json(row) for row in read_jsonl(source)]
+    prompts = {p.sample.sample_id: p for p in prompts_of(config, "train")}
+    policy = load_policy(config, None)
+    max_steps = TraceDataset(traces, prompts, config.sft, config.seed).stop
+    run = StageRun("sft", folder, config.seed, max_steps, config.trainer.checkpoint_every)
+    tracker = Tracker(folder, config.tracking, config.name, "sft", to_json(config), config.seed)
+    module = SftModule(policy, config.sft, run, tracker)
+    tracker.resume_at(module.start_step)
+    steps = TraceDataset(traces, prompts, config.sft, config.seed, module.start_step)
+    with tracker:
+        if len(steps):
+            loader = DataLoader(steps, batch_size=1, shuffle=False, collate_fn=first)
+            make_trainer(config.trainer, folder).fit(module, loader)
+        save_adapter(policy.model, folder / "adapter", config.policy.path)
+        tracker.artifact("sft-adapter", "adapter", folder / "adapter")

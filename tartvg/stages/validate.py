@@ -1,0 +1,19 @@
+"""validate: annotations and videos looked over before anyone spends a GPU-hour."""
+
+from __future__ import annotations
+
+from tartvg.config import Config
+from tartvg.stages.folder import run_dir
+
+
+def run_validate(config: Config) -> int:
+    """Check the split of `evaluate.split`; returns the exit code: 0 all usable, 1 something is not."""
+    from tartvg.data.validation import run_validation
+
+    return run_validation(
+        config.dataset,
+        config.policy.frames,
+        config.evaluate.split,
+        run_dir(config) / "validate" / "report.json",
+        max(1, config.trainer.num_workers),
+    )

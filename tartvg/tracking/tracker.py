@@ -1,0 +1,202 @@
+"""Where a stage's numbers go: `metrics.jsonl` always, W&B beside it unless tracking is off.
+
+One flat dictionary per call, one x-axis (`progress/step`), and a fixed vocabulary of prefixes, so that two runs can
+always be laid over each other. W&B is a mirror: whatever happens to it, the run and its metrics.jsonl go on.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tartvg.config import TrackingConfig, TrackingMode
+from tartvg.records import append_jsonl, read_jsonl, to_json, write_jsonl
+from tartvg.tracking.wandb_backend import WandbRun
+from tartvg.types import Rollout, RolloutGroup, Span
+
+STEP = "progress/step"
+PREFIXES = ("reward", "anchors", "group", "rollout", "loss", "optim", "time", "memory", "eval", "progress")
+REWARD_COLUMNS = ("total", "format", "iou", "tar1", "tar2", "tar3", "anchor_ious")
+EXAMPLE_COLUMNS = ("step", "rank", "query", "text", "truth", "anchors", "answer", *REWARD_COLUMNS)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError unless `name` is `<prefix>/<name>` of the vocabulary, or `eval/<dataset>/<name>`."""
+    parts = name.split("/")
+    if parts[0] not in PREFIXES or len(parts) < 2 or not all(parts):
+        raise ValueError(f"metric {name!r} must start with one of {', '.join(p + '/' for p in PREFIXES)}")
+    if parts[0] == "eval" and len(parts) < 3:
+        raise ValueError(f"metric {name!r} must be named eval/<dataset>/<name>")
+
+
+class Tracker:
+    """Context manager around one stage. Only the active one (rank 0) writes; all others accept the same calls.
+
+    Entering with `resume_step` s removes the lines of metrics.jsonl from step s on, because the stage is about to
+    write them again: a run that was killed and resumed ends with the file of an uninterrupted one. 0 starts anew.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: TrackingConfig,
+        run_name: str,
+        stage: str,
+        config: Mapping[str, Any],
+        seed: int,
+        resume_step: int = 0,
+        is_active: bool = True,
+    ) -> None:
+        self.path = folder / "metrics.jsonl"
+        self._folder = folder
+        self._settings = settings
+        self._run_name = run_name
+        self._stage = stage
+        self._config = {**config, "seed": seed, "stage": stage}
+        self._resume_step = resume_step
+        self._is_active = is_active
+        self._wandb: WandbRun | None = None
+        self._warned: set[str] = set()
+
+    def __enter__(self) -> Self:
+        if not self._is_active:
+            return self
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._truncate()
+        if self._settings.mode is not TrackingMode.off:
+            self._guarded(self._start_wandb)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._mirror(lambda run: run.finish(exit_code=0 if kind is None else 1))
+        self._wandb = None
+
+    def resume_at(self, step: int) -> None:
+        """Set `resume_step` before entering, where it is known only after the constructor."""
+        self._resume_step = step
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append one line of metrics at `step` (from 0). Numbers may be Python's or NumPy's; they become floats.
+
+        A value that is not finite is written as null, with one warning per name. Raises ValueError for a name outside
+        the vocabulary and for a `progress/step` that contradicts `step`: on every rank, active or not.
+        """
+        for name in metrics:
+            check_name(name)
+        if metrics.get(STEP, step) != step:
+            raise ValueError(f"{STEP} is {metrics[STEP]} but the step is {step}")
+        if not self._is_active:
+            return
+        line: dict[str, float | None] = {STEP: int(step)}
+        for name, raw in metrics.items():
+            if name == STEP:
+                continue
+            value = float(raw)
+            line[name] = value if math.isfinite(value) else None
+            if line[name] is None:
+                self._warn_once(name, f"{name} is {value} at step {step}; it is recorded as null")
+        append_jsonl(self.path, [line])
+        finite = {name: value for name, value in line.items() if value is not None}
+        self._mirror(lambda run: run.log(finite))
+
+    def examples(self, groups: Sequence[RolloutGroup], step: int) -> None:
+        """Show the best and the worst `num_examples` completions of `groups` by total reward in a W&B table.
+
+        The complete record of what the model said is rollouts.jsonl; this is the sample that one looks at.
+        """
+        rows = example_rows(groups, step, self._settings.num_examples)
+        if rows:
+            self._mirror(lambda run: run.table("rollout/examples", EXAMPLE_COLUMNS, rows, {STEP: int(step)}))
+
+    def artifact(self, name: str, type: str, path: Path) -> None:
+        """Record a file or folder that is finished and stays where it is, such as an adapter, in W&B.
+
+        Raises FileNotFoundError on the rank that tracks.
+        """
+        if not self._is_active:
+            return
+        if not path.exists():
+            raise FileNotFoundError(f"artifact {name!r}: there is no {path}")
+        self._mirror(lambda run: run.artifact(name, type, path))
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Set the run's headline numbers in W&B."""
+        self._mirror(lambda run: run.summary(to_json(dict(values))))
+
+    def _truncate(self) -> None:
+        if not self.path.exists():
+            return
+        lines = [line for line in read_jsonl(self.path, is_partial_allowed=True) if line[STEP] < self._resume_step]
+        write_jsonl(self.path, lines)
+
+    def _start_wandb(self) -> None:
+        self._wandb = WandbRun(
+            folder=self._folder,
+            settings=self._settings,
+            name=f"{self._run_name}/{self._stage}",
+            group=self._settings.group or self._run_name,
+            stage=self._stage,
+            config=to_json(self._config),
+            x_axis=STEP,
+            prefixes=PREFIXES,
+            is_new=self._resume_step == 0,
+        )
+
+    def _mirror(self, action: Callable[[WandbRun], None]) -> None:
+        """Do something in W&B, if it runs."""
+        run = self._wandb
+        if run is not None:
+            self._guarded(lambda: action(run))
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Any failure of W&B ends the mirroring with one warning and never ends the run."""
+        try:
+            action()
+        except Exception as error:  # W&B raises its own, network and operating system errors alike.
+            self._wandb = None
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            self._warn_once("wandb", f"W&B failed and is off from here on; {self.path} goes on ({reason[0]})")
+
+    def _warn_once(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def example_rows(groups: Sequence[RolloutGroup], step: int, num: int) -> list[list[Any]]:
+    """Rows of `EXAMPLE_COLUMNS`: the best `num` completions first, then the worst, none of them twice."""
+    ranked = sorted(
+        ((group, rollout) for group in groups for rollout in group.rollouts),
+        key=lambda pair: pair[1].reward.total,
+        reverse=True,
+    )
+    best, rest = ranked[:num], ranked[num:]
+    worst = rest[::-1][:num]
+    labelled = [("best", *pair) for pair in best] + [("worst", *pair) for pair in worst]
+    return [_example_row(rank, group, rollout, step) for rank, group, rollout in labelled]
+
+
+def _example_row(rank: str, group: RolloutGroup, rollout: Rollout, step: int) -> list[Any]:
+    response, reward = rollout.response, rollout.reward
+    terms = [reward.total, reward.format, reward.iou, reward.tar1, reward.tar2, reward.tar3]
+    return [
+        step,
+        rank,
+        group.prompt.sample.query,
+        rollout.completion.text,
+        _text(group.prompt.sample.windows),
+        _text(response.anchors),
+        "unreadable" if response.answer is None else str(response.answer),
+        *terms,
+        ", ".join(f"{value:.3f}" for value in reward.anchor_ious),
+    ]
+
+
+def _text(spans: Sequence[Span]) -> str:
+    return ", ".join(str(span) for span in spans)

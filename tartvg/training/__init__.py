@@ -1,0 +1,1 @@
+"""Lightning modules and everything about devices, steps and checkpoints."""

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tartvg.config import TrackingConfig, TrackingMode
+from tartvg.tracking.tracker import EXAMPLE_COLUMNS, Tracker, example_rows
+from tartvg.types import (
+    Completion,
+    GroundingSample,
+    Prompt,
+    Response,
+    RewardBreakdown,
+    Rollout,
+    RolloutGroup,
+    Span,
+)
+
+OFF = TrackingConfig(mode=TrackingMode.off)
+
+
+def tracker(folder: Path, settings: TrackingConfig = OFF, **kwargs: Any) -> Tracker:
+    return Tracker(folder, settings, "myrun", "grpo1", {"policy": {"name": "tiny"}}, seed=7, **kwargs)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def group(*totals: float, query: str = "the red square appears") -> RolloutGroup:
+    sample = GroundingSample("s", Path("v.mp4"), query, (Span(1.0, 3.0),), 10.0, "train")
+    rollouts = tuple(
+        Rollout(
+            Completion(f"text of {total}", (1, 2), (-0.5, -0.5), True),
+            Response((Span(0.0, 3.0), Span(1.0, 3.0)), Span(1.0, 3.0) if total > 0 else None, ()),
+            RewardBreakdown(total, 1.0, 0.5, 2.0, 0.0, 1.0, (0.6, 1.0)),
+        )
+        for total in totals
+    )
+    return RolloutGroup(Prompt(sample, "prompt"), rollouts, 0)
+
+
+def test_metrics_are_flat_lines_with_one_axis(tmp_path: Path) -> None:
+    with tracker(tmp_path / "new" / "grpo1") as t:
+        t.log({"reward/total_mean": np.float32(1.5), "eval/planted/miou": 1}, step=0)
+        t.log({"loss/total": 0.25, "progress/step": 1}, step=1)
+    assert lines(tmp_path / "new" / "grpo1") == [
+        {"progress/step": 0, "reward/total_mean": 1.5, "eval/planted/miou": 1.0},
+        {"progress/step": 1, "loss/total": 0.25},
+    ]
+    assert not (tmp_path / "new" / "grpo1" / "wandb").exists()
+
+
+@pytest.mark.parametrize("name", ["miou", "rewards/total", "reward/", "reward", "/x", "eval/miou", "eval//miou"])
+def test_names_outside_the_vocabulary_are_refused(tmp_path: Path, name: str) -> None:
+    for is_active in (True, False):
+        with tracker(tmp_path, is_active=is_active) as t, pytest.raises(ValueError, match="metric"):
+            t.log({name: 1.0}, step=0)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_contradictory_step_is_refused(tmp_path: Path) -> None:
+    with tracker(tmp_path) as t, pytest.raises(ValueError, match="progress/step"):
+        t.log({"progress/step": 3}, step=2)
+
+
+def test_values_that_are_not_finite_are_null_with_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tracker(tmp_path) as t:
+        t.log({"loss/kl": float("nan"), "loss/total": 1.0}, step=0)
+        t.log({"loss/kl": float("inf"), "loss/total": 2.0}, step=1)
+    assert [line["loss/kl"] for line in lines(tmp_path)] == [None, None]
+    assert capsys.readouterr().err.count("loss/kl") == 1
+
+
+def test_a_killed_and_resumed_run_ends_with_the_same_file(tmp_path: Path) -> None:
+    def write(t: Tracker, steps: range) -> None:
+        for step in steps:
+            t.log({"loss/total": 1 / (step + 3)}, step)
+            if step % 2:
+                t.log({"eval/planted/miou": step / 7}, step)
+
+    with tracker(tmp_path / "whole") as t:
+        write(t, range(6))
+    with tracker(tmp_path / "killed") as t:
+        write(t, range(5))
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"progress/step": 5, "loss/to')
+    with tracker(tmp_path / "killed", resume_step=3) as t:
+        assert [line["progress/step"] for line in lines(tmp_path / "killed")] == [0, 1, 1, 2]
+        write(t, range(3, 6))
+    files = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "killed")]
+    assert files[0] == files[1]
+
+
+def test_starting_anew_removes_the_old_lines(tmp_path: Path) -> None:
+    for _ in range(2):
+        with tracker(tmp_path) as t:
+            t.log({"loss/total": 1.0}, step=0)
+    assert len(lines(tmp_path)) == 1
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with tracker(tmp_path / "x", TrackingConfig(), is_active=False) as t:
+        t.log({"loss/total": 1.0}, step=0)
+        t.examples([group(1.0)], step=0)
+        t.artifact("adapter", "adapter", tmp_path / "missing")
+        t.summary({"miou": 0.5})
+    assert not (tmp_path / "x").exists()
+
+
+def test_examples_are_the_extremes_without_repetition() -> None:
+    rows = example_rows([group(1.0, 5.0), group(3.0, -2.0, 4.0)], step=9, num=2)
+    at = EXAMPLE_COLUMNS.index
+    assert [(row[at("rank")], row[at("total")]) for row in rows] == [
+        ("best", 5.0),
+        ("best", 4.0),
+        ("worst", -2.0),
+        ("worst", 1.0),
+    ]
+    assert rows[0][at("truth")] == "1.00 to 3.00"
+    assert rows[0][at("anchors")] == "0.00 to 3.00, 1.00 to 3.00"
+    assert rows[2][at("answer")] == "unreadable"
+    assert all(len(row) == len(EXAMPLE_COLUMNS) and row[at("step")] == 9 for row in rows)
+    assert [row[at("total")] for row in example_rows([group(1.0, 5.0)], 0, num=4)] == [5.0, 1.0]
+
+
+def test_a_missing_artifact_is_our_mistake_not_wandbs(tmp_path: Path) -> None:
+    with tracker(tmp_path) as t, pytest.raises(FileNotFoundError, match="adapter"):
+        t.artifact("adapter", "adapter", tmp_path / "missing")
+
+
+# --- a real offline W&B run, in a process of its own because W&B keeps global state -----------------------------------
+
+FAKE_KEY = "0123456789abcdef0123456789abcdef01234567"
+SCRIPT = """
+import sys
+import time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from tartvg.config import TrackingConfig, TrackingMode
+from test_tracking import group, tracker
+
+folder, mode = Path(sys.argv[1]), TrackingMode(sys.argv[2])
+for resume_step in (0, 2):
+    with tracker(folder, TrackingConfig(mode=mode, tags=["toy"]), resume_step=resume_step) as t:
+        for step in range(resume_step, resume_step + 2):
+            t.log({{"loss/total": 1.0 + step, "loss/kl": float("nan")}}, step)
+        t.examples([group(1.0, 2.0, query="find the cat")], resume_step)
+        (folder / "adapter").mkdir(exist_ok=True)
+        (folder / "adapter" / "weights.bin").write_bytes(b"weights")
+        t.artifact("adapter", "adapter", folder / "adapter")
+        t.summary({{"eval/planted/miou": 0.625}})
+    time.sleep(1.1)  # W&B names the folder of a run by the second
+print("DONE")
+"""
+
+
+def run_script(folder: Path, mode: str, **env: str) -> subprocess.CompletedProcess[str]:
+    home = folder.parent / "home-of-somebody"
+    home.mkdir()
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parent)), str(folder), mode],
+        capture_output=True,
+        text=True,
+        env={**clean, "HOME": str(home), **env},
+        stdin=subprocess.DEVNULL,
+        timeout=120,
+    )
+    assert "DONE" in result.stdout, result.stderr
+    assert [line["progress/step"] for line in lines(folder)] == [0, 1, 2, 3]
+    return result
+
+
+def wandb_payloads(path: Path) -> Iterator[bytes]:
+    """Records of a `.wandb` file: LevelDB log blocks of 32 KiB behind a header of 7 bytes."""
+    with path.open("rb") as file:
+        ident, magic, _ = struct.unpack("<4sHB", file.read(7))
+        assert (ident, magic) == (b":W&B", 0xBEE1)
+        position, parts = 7, b""
+        while True:
+            left = 32768 - position % 32768
+            if left < 7:
+                file.read(left)
+                position += left
+                continue
+            header = file.read(7)
+            if len(header) < 7:
+                return
+            crc, length, kind = struct.unpack("<IHB", header)
+            data = file.read(length)
+            position += 7 + length
+            assert crc == zlib.crc32(bytes([kind]) + data)
+            parts = data if kind in (1, 2) else parts + data
+            if kind in (1, 4):
+                yield parts
+
+
+def wandb_records(folder: Path) -> list[Any]:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for payload in wandb_payloads(path):
+            record = Record()
+            record.ParseFromString(payload)
+            found.append(record)
+    return found
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("offline") / "grpo1"
+    run_script(folder, "offline", WANDB_API_KEY=FAKE_KEY)
+    return folder
+
+
+def test_an_offline_run_holds_what_was_logged(offline: Path) -> None:
+    records = wandb_records(offline)
+    rows = []
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            row = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            rows.append({key: value for key, value in row.items() if not key.startswith("_")})
+    scalars = [row for row in rows if "loss/total" in row]
+    assert scalars == [{"progress/step": s, "loss/total": 1.0 + s} for s in range(4)]
+    assert sum("rollout/examples/path" in row for row in rows) == 2
+    tables = [json.loads(p.read_text()) for p in offline.glob("wandb/offline-run-*/files/media/table/rollout/*.json")]
+    assert [table["data"][0][2] for table in tables] == ["find the cat"] * 2
+    kinds = [record.WhichOneof("record_type") for record in records]
+    assert "artifact" in kinds or any("artifact" in str(r) for r in records)
+
+
+def test_an_offline_run_is_named_and_resumed_under_one_id(offline: Path) -> None:
+    runs = [r.run for r in wandb_records(offline) if r.WhichOneof("record_type") == "run"]
+    assert {run.run_id for run in runs} == {(offline / "wandb_id").read_text().strip()}
+    assert (runs[0].display_name, runs[0].run_group, runs[0].job_type) == ("myrun/grpo1", "myrun", "grpo1")
+    assert list(runs[0].tags) == ["toy"]
+    config = {item.key: json.loads(item.value_json) for item in runs[0].config.update if item.key}
+    assert (config["seed"], config["stage"], config["policy"]) == (7, "grpo1", {"name": "tiny"})
+    axes = {
+        r.metric.glob_name: r.metric.step_metric
+        for r in wandb_records(offline)
+        if r.WhichOneof("record_type") == "metric"
+    }
+    assert axes["loss/*"] == axes["eval/*"] == "progress/step"
+
+
+def test_no_file_holds_the_key_or_the_home_folder(offline: Path) -> None:
+    files = [path for path in offline.parent.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert FAKE_KEY.encode() not in content, path
+        if path.suffix == ".wandb":
+            assert b"home-of-somebody" not in content
+    assert not list(offline.rglob("requirements.txt")) and not list(offline.rglob("wandb-metadata.json"))
+
+
+def test_online_without_a_key_warns_once_and_goes_on(tmp_path: Path) -> None:
+    result = run_script(tmp_path / "grpo1", "online", WANDB_BASE_URL="http://127.0.0.1:9")
+    # One warning per tracker: the script opens two.
+    assert result.stderr.count("W&B failed and is off") == 2
