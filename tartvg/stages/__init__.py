@@ -88,4 +88,7 @@ STAGES: dict[StageName, Callable[[Config], int | None]] = {
 
 def run(config: Config) -> int | None:
     """Run the stage that the configuration names. Returns an exit code, None for 0."""
+    from tartvg.stages.quiet import quiet_libraries
+
+    quiet_libraries()
     return STAGES[config.stage.name](config)

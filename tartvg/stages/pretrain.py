@@ -90,7 +90,7 @@ def run_pretrain(config: Config) -> None:
 
     def tower(_: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         loss = tower_step(model, tower_loss, frames, seen, rng)
-        return loss, {"loss": float(loss)}
+        return loss, {"loss": float(loss.detach())}
 
     run_phase("tower", [model, tower_loss], _is_decoder, settings.tower_steps, settings.lr, config.seed, phases, tower)
     print(f"tower: {tower_accuracy(model, tower_loss, *grids_of(held_out)):.1%} of held-out seconds read without fault")
@@ -111,7 +111,7 @@ def run_pretrain(config: Config) -> None:
     def sight_step(is_habit: bool) -> Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]:
         def step_losses(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
             losses = sight.losses(collate(lessons(step, rng, is_habit), tokenizer, 2.0))
-            return total(losses), {name: float(value) for name, value in losses.items()}
+            return total(losses), {name: float(value.detach()) for name, value in losses.items()}
 
         return step_losses
 

@@ -60,7 +60,7 @@ class WandbRun:
                 disable_git=True,
                 program="tartvg",
                 host="localhost",
-                quiet=True,
+                silent=True,
                 init_timeout=60.0,
                 login_timeout=60.0,
                 x_disable_meta=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from tartvg.config import GrpoConfig, SftConfig, TrainerConfig
 from tartvg.policy.policy import Policy, stream_seed
 from tartvg.tracking import Tracker
 from tartvg.training.checkpoint import latest_checkpoint, restore_adapter, save_checkpoint
+
+HEADLINES = {"reward": "reward/total_mean", "valid": "anchors/valid_rate", "loss": "loss/total"}
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,13 @@ class StepModule(pl.LightningModule):
         self.tracker = tracker
         self._resumed: dict[str, Any] | None = None
         self.start_step = 0
+        self.headline: dict[str, float] = {}
+        """What the progress bar shows of the last step."""
         found = latest_checkpoint(run.folder / "checkpoints")
         if found is not None:
             self.start_step, weights, self._resumed = found
             restore_adapter(policy.model, weights)
+        policy.train()  # a Hugging Face model arrives in eval mode, and fit() leaves it there
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """The adapter's weights."""
@@ -56,8 +60,7 @@ class StepModule(pl.LightningModule):
         return torch.optim.AdamW(self.trainable(), lr=self.settings.lr, weight_decay=self.settings.weight_decay)
 
     def on_train_start(self) -> None:
-        """Lightning leaves a Hugging Face model in eval mode; and the optimiser exists only now."""
-        self.policy.train()
+        """The optimiser exists only now."""
         if self._resumed is not None:
             self._raw_optimizer().load_state_dict(self._resumed)
             self._resumed = None
@@ -87,16 +90,32 @@ class StepModule(pl.LightningModule):
         """Log, and save where a checkpoint is due."""
         metrics |= self.policy.timer.flush()
         metrics["optim/lr"] = self._raw_optimizer().param_groups[0]["lr"]
+        self.headline = {label: metrics[name] for label, name in HEADLINES.items() if name in metrics}
         self.tracker.log(metrics, step)
         done = step + 1
         if done % self.run.checkpoint_every == 0 or done == self.run.max_steps:
             save_checkpoint(self.run.folder / "checkpoints", done, self.policy.model, self._raw_optimizer())
 
 
+class StageBar(TQDMProgressBar):
+    """A progress bar that says which stage it is and how it goes."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Lightning would call it an epoch."""
+        super().on_train_epoch_start(trainer)
+        module: Any = trainer.lightning_module
+        self.train_progress_bar.reset(total=module.run.max_steps)
+        self.train_progress_bar.initial = module.start_step
+        self.train_progress_bar.set_description(module.run.stage)
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """The numbers behind the bar."""
+        module: Any = pl_module
+        return {name: f"{value:.2f}" for name, value in module.headline.items()}
+
+
 def make_trainer(settings: TrainerConfig, folder: Path) -> pl.Trainer:
     """A Lightning trainer that does what the modules say and nothing beside it."""
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*`isinstance.treespec, LeafSpec.` is deprecated.*")
     return pl.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
@@ -105,7 +124,7 @@ def make_trainer(settings: TrainerConfig, folder: Path) -> pl.Trainer:
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[TQDMProgressBar(refresh_rate=1)] if settings.progress_bar else [],
+        callbacks=[StageBar(refresh_rate=1)] if settings.progress_bar else [],
         enable_progress_bar=settings.progress_bar,
         use_distributed_sampler=False,
         default_root_dir=str(folder),
