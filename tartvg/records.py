@@ -46,7 +46,9 @@ def to_json(value: Any) -> Any:
 
 def dumps(value: Any) -> str:
     """One line of JSON. Raises ValueError for NaN and infinity."""
-    return json.dumps(to_json(value), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(to_json(value), ensure_ascii=False, allow_nan=False)
+    # a lone surrogate has no UTF-8 form; its backslash escape is JSON's own
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def read_jsonl(path: Path, *, is_partial_allowed: bool = False) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,8 @@ from typing import Generic, TypeVar
 
 In = TypeVar("In")
 Out = TypeVar("Out")
+_STARTING_S = 20.0
+"""Allowance for a process that has just been started and still imports."""
 
 
 class WorkerError(RuntimeError):
@@ -73,10 +75,6 @@ def map_isolated(
     finally:
         for worker in busy + idle:
             _stop(worker)
-
-
-_STARTING_S = 20.0
-"""Allowance for a process that has just been started and still imports."""
 
 
 def _start(context: multiprocessing.context.SpawnContext, function: Callable[[In], Out]) -> _Worker[In]:

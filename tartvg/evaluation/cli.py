@@ -1,0 +1,225 @@
+"""The scorer that stands alone: `python -m tartvg.evaluation --dataset NAME --annotations FILE --predictions FILE`.
+
+It scores files of any model (formats: `tartvg.evaluation.formats`; conventions: `tartvg.evaluation.score`). What moves
+the numbers is printed above them: the denominator, the rule for several windows, the comparison with the threshold and
+whether windows that end after the video were cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tartvg.config import DatasetName
+from tartvg.data.annotations import Annotations
+from tartvg.data.datasets import SPLITS, read_files
+from tartvg.evaluation.detection import LENGTHS, DetectionScores, mean_average_precision, of_length
+from tartvg.evaluation.formats import Predictions, read_predictions
+from tartvg.evaluation.score import RULES, Rule, paired_p_value, score
+from tartvg.records import dumps, write_atomic
+from tartvg.types import Estimate, GroundingSample, Scorecard
+
+THRESHOLDS = (0.1, 0.3, 0.5, 0.7)
+
+
+@dataclass(frozen=True)
+class LengthScores:
+    """Scores over the queries with windows of one length."""
+
+    num_queries: int
+    miou: float
+    recall: dict[float, float]
+    detection: DetectionScores
+
+
+@dataclass(frozen=True)
+class FileScores:
+    """Everything about one prediction file."""
+
+    path: str
+    sha256: str
+    format: str
+    scorecard: Scorecard
+    detection: DetectionScores | None = None
+    """QVHighlights only, as is `by_length`."""
+    by_length: dict[str, LengthScores] | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """b - a in mIoU and its two-sided p-value (paired sign-flip test by video)."""
+
+    miou_difference: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `--json` writes."""
+
+    dataset: str
+    split: str
+    annotations: dict[str, str]
+    """File -> SHA-256."""
+    num_queries: int
+    num_videos: int
+    quirks: str
+    rule: str
+    is_strict: bool
+    is_clipped: bool
+    is_only_predicted: bool
+    files: tuple[FileScores, ...]
+    comparison: Comparison | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 on success, 1 with one line on stderr when a file cannot be used."""
+    options = _parser().parse_args(arguments)
+    try:
+        report = evaluate(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(render(report))
+    if options.json is not None:
+        write_atomic(options.json, dumps(report) + "\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tartvg.evaluation", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--dataset", required=True, choices=[name.value for name in DatasetName])
+    add("--annotations", required=True, nargs="+", type=Path, metavar="FILE", help="the truth; Charades: .txt and .csv")
+    add("--predictions", required=True, type=Path, metavar="FILE")
+    add("--predictions-b", type=Path, metavar="FILE", help="a second file, compared with the first")
+    add("--split", choices=SPLITS, help="what the annotations are (default: test; QVHighlights: val)")
+    add("--rule", choices=RULES, default="best", help="the truth where a query has several windows (default: best)")
+    add("--strict", action="store_true", help="R1 counts IoU > threshold instead of >=")
+    add("--raw-windows", action="store_true", help="keep windows that end after their video as annotated")
+    add("--only-predicted", action="store_true", help="leave queries without any prediction out of the denominator")
+    add("--resamples", type=int, default=1000, help="of the bootstrap; 0: no intervals")
+    add("--seed", type=int, default=0, help="of the bootstrap and of the permutations")
+    add("--json", type=Path, metavar="OUT", help="write everything to this file, too")
+    return parser
+
+
+def evaluate(options: argparse.Namespace) -> Report:
+    """Read and score. Raises ValueError naming what cannot be used."""
+    name = DatasetName(options.dataset)
+    split = options.split or ("val" if name is DatasetName.qvhighlights else "test")
+    annotations = read_files(name, options.annotations, split, clip_windows=not options.raw_windows)
+    paths = [path for path in (options.predictions, options.predictions_b) if path is not None]
+    read = [read_predictions(path, annotations.samples) for path in paths]
+    samples = _denominator(annotations, read, options.only_predicted)
+    files = tuple(
+        _score_file(path, predictions, samples, options, is_detection=name is DatasetName.qvhighlights)
+        for path, predictions in zip(paths, read, strict=True)
+    )
+    comparison = None
+    if len(read) == 2:
+        a, b = (file.scorecard.miou.value for file in files)
+        p_value = paired_p_value(samples, read[0].items, read[1].items, rule=options.rule, seed=options.seed)
+        comparison = Comparison(b - a, p_value)
+    return Report(
+        dataset=name.value,
+        split=split,
+        annotations={str(path): _sha256(path) for path in options.annotations},
+        num_queries=len(samples),
+        num_videos=len({s.video for s in samples}),
+        quirks=annotations.quirks.summary(),
+        rule=options.rule,
+        is_strict=options.strict,
+        is_clipped=not options.raw_windows,
+        is_only_predicted=options.only_predicted,
+        files=files,
+        comparison=comparison,
+    )
+
+
+def _denominator(annotations: Annotations, read: Sequence[Predictions], only_predicted: bool) -> list[GroundingSample]:
+    """All annotated queries, or those that every file answers."""
+    if not only_predicted:
+        return list(annotations.samples)
+    answered = set.intersection(*({p.sample_id for p in predictions.items} for predictions in read))
+    return [s for s in annotations.samples if s.sample_id in answered]
+
+
+def _score_file(
+    path: Path,
+    predictions: Predictions,
+    samples: Sequence[GroundingSample],
+    options: argparse.Namespace,
+    is_detection: bool,
+) -> FileScores:
+    ids = {s.sample_id for s in samples}
+    items = [p for p in predictions.items if p.sample_id in ids]
+    rule: Rule = options.rule
+    card = score(samples, items, THRESHOLDS, rule, options.strict, options.resamples, options.seed)
+    detection, by_length = None, None
+    if is_detection:
+        ranking = predictions.ranking()
+        detection = mean_average_precision(samples, ranking)
+        by_length = {}
+        for name in LENGTHS:
+            part = of_length(samples, name)
+            if not part:
+                continue
+            part_ids = {s.sample_id for s in part}
+            own = [p for p in items if p.sample_id in part_ids]
+            scored = score(part, own, THRESHOLDS, rule, options.strict, resamples=0)
+            recall = {t: e.value for t, e in scored.recall.items()}
+            by_length[name] = LengthScores(len(part), scored.miou.value, recall, mean_average_precision(part, ranking))
+    return FileScores(str(path), _sha256(path), predictions.format, card, detection, by_length)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def render(report: Report) -> str:
+    """The report as text: conventions first, then the numbers, in percent."""
+    denominator = "queries that every file answers" if report.is_only_predicted else "every annotated query"
+    sign = ">" if report.is_strict else ">="
+    lines = [
+        f"{report.dataset} {report.split}: {report.num_queries} queries about {report.num_videos} videos",
+        f"  annotations   {report.quirks}",
+        f"  denominator   {denominator}",
+        f"  several windows: {report.rule}; R1@t: IoU {sign} t; "
+        f"windows {'cut at the end of the video' if report.is_clipped else 'as annotated'}",
+    ]
+    for file in report.files:
+        lines += ["", *_render_file(file)]
+    if report.comparison is not None:
+        difference, p = report.comparison.miou_difference, report.comparison.p_value
+        lines += ["", f"second - first: mIoU {100 * difference:+.2f}, p = {p:.4f} (paired sign flips by video)"]
+    return "\n".join(lines)
+
+
+def _render_file(file: FileScores) -> list[str]:
+    card = file.scorecard
+    lines = [
+        f"{file.path} ({file.format})",
+        f"  unparsed {card.num_unparsed}, missing {card.num_missing}: both count as IoU 0",
+        f"  {'':<10}{'value':>7}   95 % interval (bootstrap by video)",
+    ]
+    estimates: list[tuple[str, Estimate]] = [("mIoU", card.miou)]
+    estimates += [(f"R1@{t:g}", estimate) for t, estimate in card.recall.items()]
+    lines += [f"  {name:<10}{100 * e.value:7.2f}   {100 * e.low:.2f} to {100 * e.high:.2f}" for name, e in estimates]
+    if file.detection is None or file.by_length is None:
+        return lines
+    head: list[Any] = ["", "queries", "mIoU", "R1@0.5", "R1@0.7", "mAP", "mAP@0.5", "mAP@0.75"]
+    rows = [(name, part) for name, part in file.by_length.items()]
+    recall = {t: e.value for t, e in card.recall.items()}
+    rows.append(("full", LengthScores(card.num_queries, card.miou.value, recall, file.detection)))
+    lines += ["", "  " + f"{head[0]:<10}" + "".join(f"{cell:>10}" for cell in head[1:])]
+    for name, part in rows:
+        found = part.detection
+        values = (part.miou, part.recall[0.5], part.recall[0.7], found.average, found.at[0.5], found.at[0.75])
+        lines.append(f"  {name:<10}{part.num_queries:>10}" + "".join(f"{100 * value:10.2f}" for value in values))
+    return lines
