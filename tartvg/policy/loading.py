@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from tartvg.config import LoraConfig, PolicyConfig, Precision
@@ -36,24 +37,32 @@ def base_path(settings: PolicyConfig) -> str:
 def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
     """The frozen base model in eval mode, and its tokenizer.
 
-    Raises ValueError when a weight is missing, unexpected or of another shape: the library would only warn and train
-    on random numbers.
+    Raises ValueError when there are no readable safetensors, and when a weight is missing, unexpected, of another shape
+    or contradicts the tying of the head: the library would only warn and train on random numbers.
     """
     path = base_path(settings)
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision)
-    loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        path,
-        revision=settings.revision or "main",
-        dtype=DTYPES[settings.precision],
-        attn_implementation=settings.attention,
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision)
+        loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path,
+            revision=settings.revision or "main",
+            dtype=DTYPES[settings.precision],
+            attn_implementation=settings.attention,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name; the library's own error names no weight
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"policy.path={settings.path}: {error}") from error
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         wrong = info.get(kind)
         if wrong:
             raise ValueError(f"policy.path={settings.path}: {kind.replace('_', ' ')}: {sorted(map(str, wrong))[:5]}")
+    if model.config.tie_word_embeddings and model.lm_head.weight is not model.model.language_model.embed_tokens.weight:
+        raise ValueError(
+            f"policy.path={settings.path}: tie_word_embeddings is true, but lm_head.weight is not the embedding"
+        )
     if settings.attention != "flash_attention_2":
         model.model.visual.config._attn_implementation = WINDOW_ATTENTION
     model.requires_grad_(False)

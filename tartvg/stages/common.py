@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tartvg.config import Config, DatasetConfig, SettingError
+from tartvg.config import Config, DatasetConfig, SettingError, Strategy
 from tartvg.data.datasets import load_samples
 from tartvg.policy.allocator import keep_freed_memory
 from tartvg.policy.features import FeatureCache
@@ -22,7 +22,12 @@ BASE = "base"
 
 
 def set_up(config: Config) -> None:
-    """Process-wide settings that make a CPU run reproducible and quick."""
+    """Process-wide settings that make a CPU run reproducible and quick. Raises SettingError for what cannot run."""
+    if config.trainer.strategy is not Strategy.single:
+        raise SettingError(
+            f"trainer.strategy={config.trainer.strategy.value}: this version trains in one process; "
+            "use trainer=cpu or trainer=one_gpu"
+        )
     keep_freed_memory()
     torch.set_num_threads(config.trainer.num_threads)
     torch.use_deterministic_algorithms(True, warn_only=config.trainer.accelerator != "cpu")
