@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_restrict_follows_the_definition(logits, temperature, top_k, top_p):
     assume(max(logits) > -INF)
     # numbers that only the rounding of a division tells apart are ties for one side and not for the other
     finite = sorted(x for x in logits if x > -INF)
-    assume(all(b == a or b - a > 1e-4 for a, b in zip(finite, finite[1:], strict=False)))
+    assume(all(b == a or b - a > 1e-4 for a, b in pairwise(finite)))
     expected = definition(logits, temperature, top_k, top_p)
     assume(expected is not None)
     ours = restrict(torch.tensor([logits]), SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p))[0]
@@ -149,8 +150,10 @@ def said(groups) -> Counter:
     return Counter(t for group in groups for c in group for t in c.token_ids)
 
 
+@pytest.mark.slow
 def test_forbidden_tokens_never_appear_in_1e5_tokens_of_an_untrained_model(policy):
-    seen = said(policy.sample(prepared(policy, "a", "the red one"), 1100, SamplingConfig(max_new_tokens=56), [0, 1]))
+    # many short rows: the cost of a token grows with its row
+    seen = said(policy.sample(prepared(policy, "a", "the red one"), 6500, SamplingConfig(max_new_tokens=8), [0, 1]))
     assert seen.total() >= 100_000
     assert len(policy.banned) == 5 and not seen.keys() & set(policy.banned)
     assert len(seen) == len(policy.tokenizer) - 5  # everything else does appear

@@ -189,11 +189,11 @@ class PretrainConfig:
     num_videos: int = 1000
     """Planted videos, drawn with their own seed; none of them is in the data set of the stages."""
     tower_steps: int = 1000
-    perception_steps: int = 3000
-    habit_steps: int = 500
+    perception_steps: int = 2400
+    habit_steps: int = 900
     batch_size: int = 32
     lr: float = 2e-3
-    habit_lr: float = 5e-4
+    habit_lr: float = 1e-3
 
     def __post_init__(self) -> None:
         for name in ("num_videos", "tower_steps", "perception_steps", "habit_steps", "batch_size"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -42,11 +43,11 @@ class Clip:
 
     @property
     def seconds_per_grid(self) -> float:
-        """Seconds between two temporal grid steps: from the frames really sampled, never from a nominal rate."""
-        if len(self.times) < 2:
-            return self.duration
-        spacing = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
-        return TEMPORAL_PATCH * spacing
+        """Seconds between two temporal grid steps: from the file's own length, never from a nominal rate.
+
+        Not the mean distance of `times`: frame numbers are rounded down, and their mean distance is biased with them.
+        """
+        return TEMPORAL_PATCH * self.duration / len(self.times)
 
 
 def num_sampled(num_frames: int, duration: float, settings: FramesConfig) -> int:
@@ -81,23 +82,28 @@ def target_size(height: int, width: int, num_frames: int, settings: FramesConfig
     return new_height, new_width
 
 
-def _presentation_times(container: av.container.InputContainer) -> list[float]:
-    """Times of all frames, from the packets alone: containers lie about their number of frames."""
+def _presentation_times(container: av.container.InputContainer) -> tuple[list[float], float]:
+    """Times of all frames and their mean distance, from the packets alone: containers lie about their frames."""
     stream = container.streams.video[0]
     stamps = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
     assert stream.time_base is not None
-    return [float(stamp * stream.time_base) for stamp in stamps]
+    times = [float(stamp * stream.time_base) for stamp in stamps]
+    gap = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
+    rate = float(stream.average_rate or 0)
+    counts_milliseconds = stream.time_base == Fraction(1, 1000)  # Matroska: every frame's time is rounded
+    if rate and (not gap or (counts_milliseconds and abs(gap * rate - 1) < 1e-3)):
+        gap = 1 / rate
+    return times, gap or 0.5
 
 
 def _decode(path: Path, settings: FramesConfig, deadline: float) -> Clip:
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise VideoError(f"{path}: no video stream")
-        stamps = _presentation_times(container)
+        stamps, gap = _presentation_times(container)
     if not stamps:
         raise VideoError(f"{path}: no video frames")
-    gap = (stamps[-1] - stamps[0]) / (len(stamps) - 1) if len(stamps) > 1 else 1.0 / settings.fps
-    duration = stamps[-1] - stamps[0] + gap
+    duration = len(stamps) * gap
     count = num_sampled(len(stamps), duration, settings)
     wanted = sampled_indices(len(stamps), count)
     frames: list[np.ndarray] = []

@@ -98,6 +98,7 @@ class Policy(torch.nn.Module):
         banned = [self.tokenizer.convert_tokens_to_ids(t) for t in NEVER_SAMPLED]
         self.banned = [b for b in banned if b is not None and b != self.tokenizer.unk_token_id]
         self.end_id = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        self.end_ids = {self.end_id, int(self.tokenizer.convert_tokens_to_ids("<|endoftext|>"))}
         self.tokens_per_second = float(core.config.vision_config.tokens_per_second)
 
     @property
@@ -205,7 +206,7 @@ class Policy(torch.nn.Module):
                 if not has_ended[row]:
                     tokens[row].append(token)
                     logps[row].append(logp)
-                    has_ended[row] = token == self.end_id
+                    has_ended[row] = token in self.end_ids
             keep = [i for i, p in enumerate(live) if not all(has_ended[p * group_size : (p + 1) * group_size])]
             if not keep or cache.length + 1 == settings.max_new_tokens:
                 break
@@ -238,8 +239,8 @@ class Policy(torch.nn.Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         """float32 logits of (..., hidden) states; tokens that a policy may never say are at -inf."""
         logits = self.core.lm_head(hidden).float()
-        if self.banned:
-            logits[..., self.banned] = float("-inf")
+        logits[..., self.banned] = float("-inf")
+        logits[..., len(self.tokenizer) :] = float("-inf")  # released heads have more rows than the tokenizer words
         return logits
 
     # -- log-probabilities -------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ from tartvg.types import GroundingSample, Span
 
 FRAMES = FramesConfig(fps=2.0, min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
 QUICK_PROMPT = 'When does "{query}" happen in the video?'
+HORIZON = 1.25
+"""The perception phase stops before its schedule ends; the habit phase goes on with a learning rate of its own."""
 PROMPT_MIX = ((2, PromptStyle.tar, 0.5), (1, PromptStyle.tar, 0.15), (3, PromptStyle.tar, 0.15))
 """Anchors asked for and style; the rest are the TimeZero prompt."""
 
@@ -54,7 +56,7 @@ def mixed_prompt(config: Config, rng: np.random.Generator) -> Callable[[str], st
 
 
 def quick_prompt(query: str) -> str:
-    """The first sentence of the prompt alone: most of the perception phase is about seeing, not reading."""
+    """The first sentence of the prompt alone: the perception phase is about seeing, not reading."""
     return QUICK_PROMPT.format(query=query)
 
 
@@ -98,12 +100,12 @@ def run_pretrain(config: Config) -> None:
         features = [tower_features(model, f.frames) for f in train]
 
     def lessons(step: int, rng: np.random.Generator, is_habit: bool) -> list[Lesson]:
-        progress = step / settings.perception_steps
+        progress = step / (HORIZON * settings.perception_steps)
         longest = 20.0 if is_habit else 8.0 + 32.0 * min(1.0, max(0.0, progress - 0.2) / 0.5)
         made = []
         for _ in range(settings.batch_size):
             chosen = int(rng.integers(len(train)))
-            ask = quick_prompt if not is_habit and progress < 0.8 else mixed_prompt(config, rng)
+            ask = mixed_prompt(config, rng) if is_habit else quick_prompt
             reach = 40.0 if is_habit and rng.random() < 0.2 else longest
             made.append(make_lesson(train[chosen], features[chosen], reach, ask, is_habit, rng))
         return made
@@ -117,7 +119,7 @@ def run_pretrain(config: Config) -> None:
 
     both = [model, sight.heads]
     run_phase("perception", both, _is_tower, settings.perception_steps, settings.lr, config.seed, phases,
-              sight_step(False))  # fmt: skip
+              sight_step(False), HORIZON)  # fmt: skip
     run_phase("habit", both, _is_tower, settings.habit_steps, settings.habit_lr, config.seed, phases, sight_step(True))
     _save(config, model, tokenizer, output)
 

@@ -32,8 +32,11 @@ def run_phase(
     seed: int,
     folder: Path,
     step_losses: Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]],
+    horizon: float = 1.0,
 ) -> None:
     """Train `modules` for `steps` steps; the state after each 200 is kept in `folder/<name>.pt`.
+
+    The learning rate decays over `horizon * steps` steps.
 
     Every step draws from a stream made of (seed, phase, step), so a continued phase sees the same lessons.
     """
@@ -45,7 +48,7 @@ def run_phase(
     begun, recent = time.monotonic(), []
     for step in range(first, steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+            group["lr"] = learning_rate(step, round(horizon * steps), peak)
         loss, metrics = step_losses(step, np.random.default_rng(stream_seed(seed, name, step)))
         optimizer.zero_grad()
         loss.backward()
