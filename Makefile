@@ -2,6 +2,8 @@
 # PYTHON=python3.12 make demo   takes another interpreter (3.11 or later).
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes with one thread each: torch's threads of several processes would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
@@ -24,14 +26,14 @@ demo: $(STAMP) ## the whole method on the embedded model and data, on the CPU
 	$(BIN)/python run.py
 
 test: $(STAMP) ## every test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: $(STAMP) ## style, types, direction of imports and the quick tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy tartvg run.py
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 clean: ## removes .venv and caches; runs/ and data/ stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
