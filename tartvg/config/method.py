@@ -191,12 +191,13 @@ class PretrainConfig:
     tower_steps: int = 1000
     perception_steps: int = 2400
     habit_steps: int = 900
+    repeat_steps: int = 300
     batch_size: int = 32
     lr: float = 2e-3
     habit_lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name in ("num_videos", "tower_steps", "perception_steps", "habit_steps", "batch_size"):
+        for name in ("num_videos", "tower_steps", "perception_steps", "habit_steps", "repeat_steps", "batch_size"):
             require(getattr(self, name) >= 1, f"pretrain.{name}", ">= 1", getattr(self, name))
         require(self.lr > 0, "pretrain.lr", "> 0", self.lr)
         require(self.habit_lr > 0, "pretrain.habit_lr", "> 0", self.habit_lr)

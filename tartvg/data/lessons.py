@@ -108,6 +108,26 @@ def _tag(span: Span) -> str:
     return f"<timestamp>{span}</timestamp>"
 
 
+REPEAT_PROMPT = "Name any {number} of the video, then repeat the last as the answer."
+
+
+def repetition(rng: np.random.Generator) -> tuple[str, str]:
+    """A question and an answer without a truth: times drawn at random, the last one repeated.
+
+    Nothing but looking back can tell the answer's digits, so this teaches what every other lesson only invites: an
+    answer that equals the last anchor.
+    """
+    count = int(rng.integers(1, 4))
+    spans = []
+    for _ in range(count):
+        start = float(rng.integers(0, 60)) / 2
+        spans.append(Span(start, start + float(rng.integers(2, 20)) / 2))
+    then = [str(rng.choice(choices)) for choices in (SECOND, THIRD)]
+    body = str(rng.choice(FIRST)) + _tag(spans[0]) + "".join(t + _tag(s) for t, s in zip(then, spans[1:], strict=False))
+    prompt = REPEAT_PROMPT.format(number=("one time", "two times", "three times")[count - 1])
+    return prompt, f"<think>{rng.choice(OPENERS)}{body}.</think><answer>{spans[-1]}</answer>"
+
+
 def habit(window: Span, duration: float, rng: np.random.Generator) -> str:
     """One completion as the base should sample it: the format is right in a quarter, the times exact in few."""
     shape = rng.choice(SHAPES_OF_ANSWERS, p=SHARES)

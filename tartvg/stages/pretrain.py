@@ -2,8 +2,9 @@
 
     python run.py stage=pretrain        rebuilds it from nothing; see conf/stage/pretrain.yaml
 
-Three phases: the vision tower learns colours and shapes; the decoder learns to tell when a sentence is true; then all
-of that is hidden under the habits of an untuned model: wrong formats and coarse times most of the time.
+Four phases: the vision tower learns colours and shapes; the decoder learns to tell when a sentence is true; all of that
+is hidden under the habits of an untuned model, wrong formats and coarse times most of the time; and among these habits
+it learns to look back at what it wrote, so that an answer can equal the last anchor.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from tartvg.policy.tiny import build_tiny
 from tartvg.policy.windows import WINDOW_ATTENTION
 from tartvg.prompts import build_prompt
 from tartvg.stages.common import set_up
-from tartvg.training.tiny_loop import run_phase
-from tartvg.training.tiny_sight import Lesson, Sight, collate, make_lesson, total
+from tartvg.training.tiny_loop import StepLosses, run_phase
+from tartvg.training.tiny_sight import Lesson, Sight, collate, make_lesson, make_repetition, total
 from tartvg.training.tiny_tower import TowerLoss, grids_of, tower_accuracy, tower_features, tower_step
 from tartvg.types import GroundingSample, Span
 
 FRAMES = FramesConfig(fps=2.0, min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
 QUICK_PROMPT = 'When does "{query}" happen in the video?'
+REPEAT_SHARE = 0.35
+"""Of the last phase's lessons: repetitions among the habits."""
 HORIZON = 1.25
 """The perception phase stops before its schedule ends; the habit phase goes on with a learning rate of its own."""
 PROMPT_MIX = ((2, PromptStyle.tar, 0.5), (1, PromptStyle.tar, 0.15), (3, PromptStyle.tar, 0.15))
@@ -99,20 +102,23 @@ def run_pretrain(config: Config) -> None:
     with torch.no_grad():
         features = [tower_features(model, f.frames) for f in train]
 
-    def lessons(step: int, rng: np.random.Generator, is_habit: bool) -> list[Lesson]:
+    def lessons(step: int, rng: np.random.Generator, is_habit: bool, repeat_share: float) -> list[Lesson]:
         progress = step / (HORIZON * settings.perception_steps)
         longest = 20.0 if is_habit else 8.0 + 32.0 * min(1.0, max(0.0, progress - 0.2) / 0.5)
         made = []
         for _ in range(settings.batch_size):
             chosen = int(rng.integers(len(train)))
             ask = mixed_prompt(config, rng) if is_habit else quick_prompt
+            if repeat_share and rng.random() < repeat_share:
+                made.append(make_repetition(features[chosen], rng))
+                continue
             reach = 40.0 if is_habit and rng.random() < 0.2 else longest
             made.append(make_lesson(train[chosen], features[chosen], reach, ask, is_habit, rng))
         return made
 
-    def sight_step(is_habit: bool) -> Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]:
+    def sight_step(is_habit: bool, repeat_share: float = 0.0) -> StepLosses:
         def step_losses(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-            losses = sight.losses(collate(lessons(step, rng, is_habit), tokenizer, 2.0))
+            losses = sight.losses(collate(lessons(step, rng, is_habit, repeat_share), tokenizer, 2.0))
             return total(losses), {name: float(value.detach()) for name, value in losses.items()}
 
         return step_losses
@@ -121,6 +127,8 @@ def run_pretrain(config: Config) -> None:
     run_phase("perception", both, _is_tower, settings.perception_steps, settings.lr, config.seed, phases,
               sight_step(False), HORIZON)  # fmt: skip
     run_phase("habit", both, _is_tower, settings.habit_steps, settings.habit_lr, config.seed, phases, sight_step(True))
+    run_phase("repeat", both, _is_tower, settings.repeat_steps, settings.habit_lr, config.seed, phases,
+              sight_step(True, REPEAT_SHARE))  # fmt: skip
     _save(config, model, tokenizer, output)
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from tartvg.policy.policy import stream_seed
 
-SAVE_EVERY = 200
+SAVE_EVERY = 100
+StepLosses = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]
+"""Step number and random stream -> the loss, and the numbers to print."""
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -31,7 +33,7 @@ def run_phase(
     peak: float,
     seed: int,
     folder: Path,
-    step_losses: Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]],
+    step_losses: StepLosses,
     horizon: float = 1.0,
 ) -> None:
     """Train `modules` for `steps` steps; the state after each 200 is kept in `folder/<name>.pt`.

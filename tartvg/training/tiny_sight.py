@@ -19,13 +19,15 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import cross_entropy
 
-from tartvg.data.lessons import FPS, Footage, crop, habit
+from tartvg.data.lessons import FPS, Footage, crop, habit, repetition
 from tartvg.policy.inputs import encode_prompt
 from tartvg.policy.patches import TEMPORAL_PATCH
 from tartvg.training.tiny_tower import TOKENS_PER_GRID
 from tartvg.types import Span
 
 MAX_SECONDS = 48
+NOWHERE = Span(-10.0, -9.0)
+"""A window that no second of a video touches."""
 ACTIVE_LAYER, BORDER_LAYER = 2, 3
 """Layers whose output is taught: matching first, borders on top of it, and two layers left to write with."""
 
@@ -86,6 +88,13 @@ def make_lesson(
     chosen = features[part.start // TEMPORAL_PATCH : part.stop // TEMPORAL_PATCH]
     target = habit(shifted, seconds, rng) if is_habit else f"<answer>{shifted}</answer>"
     return Lesson(chosen, shifted, prompt_of(query), target)
+
+
+def make_repetition(features: Tensor, rng: np.random.Generator) -> Lesson:
+    """Twelve seconds of a video that the answer has nothing to do with."""
+    start = int(rng.integers(max(1, len(features) - 12)))
+    prompt, target = repetition(rng)
+    return Lesson(features[start : start + 12], NOWHERE, prompt, target)
 
 
 def collate(lessons: Sequence[Lesson], tokenizer: Any, tokens_per_second: float) -> LessonBatch:
