@@ -259,7 +259,12 @@ def test_time_is_linear_up_to_a_megabyte(family: str):
             best = min(best, time.process_time() - begin)
         return best
 
-    # four times the text takes 4 times as long when linear and 16 times when quadratic
-    short, long = seconds(250_000), seconds(1_000_000)
-    assert long < 9 * short + 0.02, f"{short:.4f} s -> {long:.4f} s"
+    # four times the text takes 4 times as long when linear and 16 times when quadratic; a busy machine may need a
+    # second look, a quadratic parser fails them all
+    for _ in range(4):
+        short, long = seconds(250_000), seconds(1_000_000)
+        if long < 9 * short + 0.02:
+            break
+    else:
+        raise AssertionError(f"{short:.4f} s -> {long:.4f} s")
     assert long < 5

@@ -91,7 +91,7 @@ def job_config(cfg: DictConfig) -> Config:
 def job_name(name: str, overrides: str) -> str:
     """`default` and `seed=0` -> `default/seed=0`. What no folder can be called is replaced and told apart by a hash."""
     folder = re.sub(r"[^\w=.,+-]+", "_", overrides)
-    if folder != overrides or len(folder) > MAX_FOLDER_LENGTH:
+    if folder != overrides or folder in (".", "..") or len(folder) > MAX_FOLDER_LENGTH:
         folder = f"{folder[:MAX_FOLDER_LENGTH]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
     return f"{name}/{folder}" if folder else name
 

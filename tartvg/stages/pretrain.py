@@ -28,14 +28,12 @@ from tartvg.policy.windows import WINDOW_ATTENTION
 from tartvg.prompts import build_prompt
 from tartvg.stages.common import set_up
 from tartvg.training.tiny_loop import StepLosses, run_phase
-from tartvg.training.tiny_sight import Lesson, Sight, collate, make_lesson, make_repetition, total
+from tartvg.training.tiny_sight import Lesson, Sight, collate, make_lesson, repetition_loss, total
 from tartvg.training.tiny_tower import TowerLoss, grids_of, tower_accuracy, tower_features, tower_step
 from tartvg.types import GroundingSample, Span
 
 FRAMES = FramesConfig(fps=2.0, min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
 QUICK_PROMPT = 'When does "{query}" happen in the video?'
-REPEAT_SHARE = 0.35
-"""Of the last phase's lessons: repetitions among the habits."""
 HORIZON = 1.25
 """The perception phase stops before its schedule ends; the habit phase goes on with a learning rate of its own."""
 PROMPT_MIX = ((2, PromptStyle.tar, 0.5), (1, PromptStyle.tar, 0.15), (3, PromptStyle.tar, 0.15))
@@ -102,33 +100,34 @@ def run_pretrain(config: Config) -> None:
     with torch.no_grad():
         features = [tower_features(model, f.frames) for f in train]
 
-    def lessons(step: int, rng: np.random.Generator, is_habit: bool, repeat_share: float) -> list[Lesson]:
+    def lessons(step: int, rng: np.random.Generator, is_habit: bool, count: int) -> list[Lesson]:
         progress = step / (HORIZON * settings.perception_steps)
         longest = 20.0 if is_habit else 8.0 + 32.0 * min(1.0, max(0.0, progress - 0.2) / 0.5)
         made = []
-        for _ in range(settings.batch_size):
+        for _ in range(count):
             chosen = int(rng.integers(len(train)))
             ask = mixed_prompt(config, rng) if is_habit else quick_prompt
-            if repeat_share and rng.random() < repeat_share:
-                made.append(make_repetition(features[chosen], rng))
-                continue
             reach = 40.0 if is_habit and rng.random() < 0.2 else longest
             made.append(make_lesson(train[chosen], features[chosen], reach, ask, is_habit, rng))
         return made
 
-    def sight_step(is_habit: bool, repeat_share: float = 0.0) -> StepLosses:
+    def sight_step(is_habit: bool) -> StepLosses:
         def step_losses(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-            losses = sight.losses(collate(lessons(step, rng, is_habit, repeat_share), tokenizer, 2.0))
+            losses = sight.losses(collate(lessons(step, rng, is_habit, settings.batch_size), tokenizer, 2.0))
             return total(losses), {name: float(value.detach()) for name, value in losses.items()}
 
         return step_losses
+
+    def repeat_step(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        losses = sight.losses(collate(lessons(step, rng, True, settings.batch_size // 2), tokenizer, 2.0))
+        losses["repeat"] = repetition_loss(model, tokenizer, 2 * settings.batch_size, rng)
+        return total(losses), {name: float(value.detach()) for name, value in losses.items()}
 
     both = [model, sight.heads]
     run_phase("perception", both, _is_tower, settings.perception_steps, settings.lr, config.seed, phases,
               sight_step(False), HORIZON)  # fmt: skip
     run_phase("habit", both, _is_tower, settings.habit_steps, settings.habit_lr, config.seed, phases, sight_step(True))
-    run_phase("repeat", both, _is_tower, settings.repeat_steps, settings.habit_lr, config.seed, phases,
-              sight_step(True, REPEAT_SHARE))  # fmt: skip
+    run_phase("repeat", both, _is_tower, settings.repeat_steps, settings.habit_lr, config.seed, phases, repeat_step)
     _save(config, model, tokenizer, output)
 
 

@@ -26,8 +26,6 @@ from tartvg.training.tiny_tower import TOKENS_PER_GRID
 from tartvg.types import Span
 
 MAX_SECONDS = 48
-NOWHERE = Span(-10.0, -9.0)
-"""A window that no second of a video touches."""
 ACTIVE_LAYER, BORDER_LAYER = 2, 3
 """Layers whose output is taught: matching first, borders on top of it, and two layers left to write with."""
 
@@ -88,13 +86,6 @@ def make_lesson(
     chosen = features[part.start // TEMPORAL_PATCH : part.stop // TEMPORAL_PATCH]
     target = habit(shifted, seconds, rng) if is_habit else f"<answer>{shifted}</answer>"
     return Lesson(chosen, shifted, prompt_of(query), target)
-
-
-def make_repetition(features: Tensor, rng: np.random.Generator) -> Lesson:
-    """Twelve seconds of a video that the answer has nothing to do with."""
-    start = int(rng.integers(max(1, len(features) - 12)))
-    prompt, target = repetition(rng)
-    return Lesson(features[start : start + 12], NOWHERE, prompt, target)
 
 
 def collate(lessons: Sequence[Lesson], tokenizer: Any, tokens_per_second: float) -> LessonBatch:
@@ -168,7 +159,30 @@ class Sight:
         }
 
 
-WEIGHTS = {"answer": 1.0, "second": 1.0, "start": 2.0, "end": 2.0, "active": 3.0}
+def repetition_loss(model: Any, tokenizer: Any, count: int, rng: np.random.Generator) -> Tensor:
+    """Next-token loss on `count` repetitions: text alone, short and cheap."""
+    rows, labels = [], []
+    for _ in range(count):
+        prompt, target = repetition(rng)
+        message = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        before = tokenizer.encode(text, add_special_tokens=False)
+        after = [*tokenizer.encode(target, add_special_tokens=False), tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        rows.append(torch.tensor(before + after))
+        labels.append(torch.tensor([-100] * len(before) + after))
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    decoder = model.model.language_model
+    positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
+    out = decoder(
+        inputs_embeds=decoder.embed_tokens(ids), position_ids=positions, attention_mask={"full_attention": None},
+        use_cache=False,
+    )  # fmt: skip
+    logits = model.lm_head(out.last_hidden_state[:, :-1])
+    return cross_entropy(logits.flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=-100)
+
+
+WEIGHTS = {"answer": 1.0, "second": 1.0, "start": 2.0, "end": 2.0, "active": 3.0, "repeat": 2.0}
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:
