@@ -221,7 +221,7 @@ def test_experiment_beats_stage_and_policy_and_may_choose_groups(clone: Path) ->
 @pytest.mark.parametrize(
     "file,old,new,named",
     [
-        ("conf/stage/pipeline.yaml", "targets:", "tragets:", "stage/pipeline.yaml: evaluate.tragets"),
+        ("conf/stage/validate.yaml", "name:", "nmae:", "stage/validate.yaml: stage.nmae"),
         ("conf/reward/tar.yaml", "beta:", "bta:", "reward/tar.yaml: reward.bta"),
         ("conf/reward/tar.yaml", "beta: 5.0", "beta: five", "reward/tar.yaml: reward.beta"),
         ("conf/policy/tiny.yaml", "max_new_tokens", "max_tokens", "policy/tiny.yaml: grpo.sampling.max_tokens"),
