@@ -1,7 +1,6 @@
 """Keep freed memory in the process: on a CPU the same large buffers come and go in every step.
 
-glibc gives large blocks back to the kernel at once, and the next step pays for every page again. Measured on the tiny
-vision tower (two cores, `experiments/efficiency` will hold the tables): forward 0.87 s -> 0.14 s.
+glibc gives large blocks back to the kernel at once, and the next step pays for every page again.
 """
 
 from __future__ import annotations
