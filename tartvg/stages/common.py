@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tartvg.config import Config, DatasetConfig, SettingError, Strategy
+from tartvg.config import Config, SettingError, Strategy
 from tartvg.data.datasets import load_samples
 from tartvg.policy.allocator import keep_freed_memory
 from tartvg.policy.features import FeatureCache
@@ -62,11 +61,6 @@ def base_identity(config: Config) -> str:
     if settings.path == EMBEDDED_TINY or Path(settings.path).is_dir():
         return fingerprint(Path(base_path(settings)))
     return f"{settings.path}@{settings.revision}"
-
-
-def dataset_identity(settings: DatasetConfig) -> Any:
-    """The data set's settings."""
-    return settings
 
 
 def adapter_of(config: Config, target: str) -> Path | None:

@@ -69,7 +69,7 @@ def corpus(config: Config) -> list[str]:
         for phrase in phrases:
             for i, colour in enumerate(COLOURS):
                 query = phrase.format(c=colour, s=SHAPES[i % len(SHAPES)], d=list(COLOURS)[(i + 1) % len(COLOURS)])
-                texts += [QUICK_PROMPT.format(query=query), mixed_prompt(config, rng)(query)]
+                texts += [quick_prompt(query), mixed_prompt(config, rng)(query)]
                 texts += [
                     habit(Span(float(rng.integers(0, 20)), float(rng.integers(20, 40))), 40.0, rng) for _ in range(4)
                 ]
@@ -111,23 +111,22 @@ def run_pretrain(config: Config) -> None:
             made.append(make_lesson(train[chosen], features[chosen], reach, ask, is_habit, rng))
         return made
 
-    def sight_step(is_habit: bool) -> StepLosses:
+    def sight_step(is_habit: bool, count: int, repetitions: int = 0) -> StepLosses:
         def step_losses(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-            losses = sight.losses(collate(lessons(step, rng, is_habit, settings.batch_size), tokenizer, 2.0))
+            losses = sight.losses(collate(lessons(step, rng, is_habit, count), tokenizer, 2.0))
+            if repetitions:
+                losses["repeat"] = repetition_loss(model, tokenizer, repetitions, rng)
             return total(losses), {name: float(value.detach()) for name, value in losses.items()}
 
         return step_losses
 
-    def repeat_step(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        losses = sight.losses(collate(lessons(step, rng, True, settings.batch_size // 2), tokenizer, 2.0))
-        losses["repeat"] = repetition_loss(model, tokenizer, 2 * settings.batch_size, rng)
-        return total(losses), {name: float(value.detach()) for name, value in losses.items()}
-
-    both = [model, sight.heads]
+    both, batch = [model, sight.heads], settings.batch_size
     run_phase("perception", both, _is_tower, settings.perception_steps, settings.lr, config.seed, phases,
-              sight_step(False), HORIZON)  # fmt: skip
-    run_phase("habit", both, _is_tower, settings.habit_steps, settings.habit_lr, config.seed, phases, sight_step(True))
-    run_phase("repeat", both, _is_tower, settings.repeat_steps, settings.habit_lr, config.seed, phases, repeat_step)
+              sight_step(False, batch), HORIZON)  # fmt: skip
+    run_phase("habit", both, _is_tower, settings.habit_steps, settings.habit_lr, config.seed, phases,
+              sight_step(True, batch))  # fmt: skip
+    run_phase("repeat", both, _is_tower, settings.repeat_steps, settings.habit_lr, config.seed, phases,
+              sight_step(True, batch // 2, 2 * batch))  # fmt: skip
     _save(config, model, tokenizer, output)
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tartvg.config import SftConfig
-from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch, token_batch
-from tartvg.tracking import Tracker
-from tartvg.training.loop import StageRun, StepModule
+from tartvg.policy.policy import PreparedPrompt, TokenBatch, token_batch
+from tartvg.training.loop import StepModule
 from tartvg.training.plan import permutation
 from tartvg.types import Completion, Prompt, Trace
 
@@ -64,9 +63,6 @@ class SftModule(StepModule):
     """Next-token loss on the traces, averaged over the tokens of the step."""
 
     settings: SftConfig
-
-    def __init__(self, policy: Policy, settings: SftConfig, run: StageRun, tracker: Tracker) -> None:
-        super().__init__(policy, settings, run, tracker)
 
     def training_step(self, batch: TraceBatch, batch_idx: int) -> None:
         """Minimise -log p(trace | prompt)."""
