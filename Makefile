@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,10 @@ check: $(STAMP) ## style, types, direction of imports and the quick tests
 	$(BIN)/mypy tartvg run.py
 	$(BIN)/lint-imports
 	$(PYTEST) -m "not slow and not gpu"
+
+bench: $(STAMP) ## speed and memory against the naive path, the library and TRL (half an hour on two cores)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m tartvg.bench
 
 clean: ## removes .venv and caches; runs/ and data/ stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

@@ -17,7 +17,8 @@ import hydra
 from omegaconf import DictConfig
 
 from tartvg.config import register
-from tartvg.config.launch import finish, job, job_config, launch
+from tartvg.config.launch import finish, job, launch
+from tartvg.config.processes import needs_processes, run_processes
 
 register()
 
@@ -25,8 +26,10 @@ register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     """Run one job; a sweep calls this once per job."""
-    with job():
-        config = job_config(cfg)
+    with job(cfg) as config:
+        if needs_processes(config):
+            finish(run_processes(config.trainer.devices))
+            return
         from tartvg import stages  # torch comes with it: not before it is needed
 
         finish(stages.run(config))

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PHASES = ("decode", "vision", "sample", "reward", "reference", "update")
-"""The phases of a GRPO step, in order; metrics call them `time/<phase>_s`."""
+PHASES = ("decode", "vision", "sample", "reward", "reference", "update", "monitor")
+"""The phases of a GRPO step, in order; metrics call them `time/<phase>_s`. The last is no part of the method."""
 
 
 class PhaseTimer:
@@ -15,6 +15,7 @@ class PhaseTimer:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._owner: str | None = None
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -23,7 +24,16 @@ class PhaseTimer:
         try:
             yield
         finally:
-            self.seconds[phase] += time.perf_counter() - start
+            self.seconds[self._owner or phase] += time.perf_counter() - start
+
+    @contextmanager
+    def booked_as(self, phase: str) -> Iterator[None]:
+        """Whatever is timed inside the block counts as `phase`: what is measured for monitors is no sampling."""
+        self._owner = phase
+        try:
+            yield
+        finally:
+            self._owner = None
 
     def flush(self) -> dict[str, float]:
         """The sums since the last flush as metrics, then start again from zero."""

@@ -208,6 +208,8 @@ class Scorecard:
     valid_rate: Estimate = NO_ESTIMATE
     """Share of sampled outputs with the right format and at least two anchors (the paper's format figure)."""
     anchors_mean: float = 0.0
+    anchored_rate: float = 0.0
+    """Share of sampled outputs whose reasoning holds at least one anchor."""
     refinement_rate: float = 0.0
     """Share of successive anchors whose soft IoU grew."""
     consistency_rate: float = 0.0

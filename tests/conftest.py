@@ -2,10 +2,10 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forking import start as start_command
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TARTVG_ROOT", str(ROOT))
@@ -31,6 +31,37 @@ def planted_root(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def prompts(planted_root):
+    """Questions about two planted videos."""
+    return planted_prompts(planted_root)
+
+
+def planted_prompts(root):
+    """As the fixture; for processes that a test starts."""
+    from tartvg.config import AnchorsConfig, PlantedConfig
+    from tartvg.data.planted import load_planted
+    from tartvg.prompts import build_prompt
+
+    samples = load_planted(root, PlantedConfig(2, 1, 1, 2), "train", "planted")
+    return [build_prompt(s, AnchorsConfig()) for s in samples]
+
+
+@pytest.fixture
+def policy(untrained_base):
+    """The untrained tiny policy with frames of four patches."""
+    return tiny_policy(untrained_base)
+
+
+def tiny_policy(base):
+    """As the fixture; for processes that a test starts."""
+    from tartvg.config import FramesConfig, PolicyConfig
+    from tartvg.policy.policy import Policy
+
+    frames = FramesConfig(min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
+    return Policy(PolicyConfig(name="t", path=str(base), frames=frames), seed=0)
+
+
+@pytest.fixture(scope="session")
 def small(planted_root):
     """Overrides that make every stage take seconds."""
     return [
@@ -40,6 +71,7 @@ def small(planted_root):
         "dataset.planted.num_test=4",
         "dataset.planted.queries_per_video=2",
         "grpo.max_steps=4",
+        "grpo.grpo2_max_steps=4",
         "grpo.prompts_per_step=2",
         "grpo.group_size=4",
         "evaluate.num_samples=1",
@@ -52,12 +84,20 @@ def small(planted_root):
 
 
 @pytest.fixture(scope="session")
-def run_command():
-    """Call run.py as a user does. Returns the finished process."""
+def run_command(tmp_path_factory):
+    """Call run.py as a user does. Returns the finished process, with what it said."""
+    folder = tmp_path_factory.mktemp("said")
 
-    def call(*overrides, check=True, **kwargs):
-        command = [sys.executable, str(ROOT / "run.py"), *overrides]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, **kwargs)
+    def call(*overrides, check=True, timeout=600, **kwargs):
+        output, errors = folder / "stdout", folder / "stderr"
+        output.write_text("")
+        errors.write_text("")
+        process = start_command(overrides, output, errors, **kwargs)
+        try:
+            process.wait(timeout)
+        finally:
+            process.kill()
+        result = subprocess.CompletedProcess(overrides, process.returncode, output.read_text(), errors.read_text())
         if check and result.returncode:
             raise AssertionError(
                 f"{overrides} exited {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
@@ -65,13 +105,3 @@ def run_command():
         return result
 
     return call
-
-
-def start_command(overrides):
-    """Start run.py and return at once."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *overrides],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )

@@ -20,10 +20,12 @@ from omegaconf import DictConfig
 
 from tartvg.config import AdvantageScale, Config, IouKind, SettingError, StageName, Strategy, register, to_dataclasses
 from tartvg.config.errors import explain
+from tartvg.config.jobs import jobs_below
 from tartvg.config.launch import MAX_FOLDER_LENGTH, job_name
+from tartvg.config.sweeps import axes, cells
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUPS = ["dataset", "anchors", "reward", "grpo", "trainer", "tracking", "policy", "stage"]
+GROUPS = ["dataset", "anchors", "reward", "grpo", "trainer", "tracking", "monitors", "policy", "stage"]
 GROUND = ["video=clip.mp4", "query=a door opens"]
 """What stage=ground cannot do without."""
 
@@ -114,9 +116,19 @@ def test_every_sweep_composes_and_so_does_each_of_its_jobs(sweep: str) -> None:
         cfg: DictConfig = compose("config", overrides=[f"sweeps={sweep}"], return_hydra_config=True)
     assert cfg.hydra.mode.name == "MULTIRUN"
     assert len(cfg.hydra.sweeper.params) >= 1
-    for key, values in cfg.hydra.sweeper.params.items():
-        for value in str(values).split(","):
+    of = axes(cfg.hydra.sweeper.params)
+    for key, values in of.items():
+        for value in values:
             composed(f"sweeps={sweep}", f"{key}={value}")
+    # One folder per cell, or the cells would overwrite each other.
+    folders = [
+        (composed(f"sweeps={sweep}", cell[0]).name, [o for o in cell if not o.startswith("experiments=")])
+        for cell in cells(of)
+    ]
+    names = {job_name(name, ",".join(rest)) for name, rest in folders}
+    assert len(names) == len(cells(of))
+    assert of["seed"] == ["0", "1", "2"]
+    assert sweep == "seeds" or cfg.name == sweep
 
 
 @pytest.mark.parametrize("experiment", files("experiments") or [pytest.param("", marks=pytest.mark.skip("none yet"))])
@@ -301,7 +313,7 @@ from pathlib import Path
 
 def run(config):
     folder = Path(config.runs_dir) / config.name
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "seen.json").write_text(json.dumps([config.anchors.target, config.seed]))
     if config.seed == 1:
         raise RuntimeError("no luck")
@@ -335,12 +347,43 @@ def test_jobs_of_a_sweep_have_their_own_folders_and_survive_a_failure(clone: Pat
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
     done, _ = run("sweeps=anchors", "anchors=one,three", "name=t", "stage=grpo1", root=clone, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.count("RuntimeError: no luck") == 2
+    assert done.stderr.count("\nRuntimeError: no luck") == 2
     assert "The job anchors=three,seed=1 failed (exit code 1)" in done.stderr
+    assert "6 jobs in runs/t: 4 finished, 2 failed" in done.stderr
+    assert "failed: anchors=three, seed=1 (exit code 1): RuntimeError: no luck" in done.stderr
+    jobs = {folder.name: job.status for folder, job in jobs_below(tmp_path / "runs")}
+    ended = {0: "finished", 1: "failed", 2: "finished"}
+    assert jobs == {f"anchors={w},seed={s}": status for w in ("one", "three") for s, status in ended.items()}
     expected = {
         f"t/anchors={word},seed={seed}": [k, seed] for word, k in [("one", 1), ("three", 3)] for seed in (0, 1, 2)
     }
     assert seen(tmp_path) == expected
+
+
+def test_a_table_needs_no_flag_and_one_cell_of_it_runs_in_its_place(clone: Path, tmp_path: Path) -> None:
+    """As a W&B agent gives it: the same folder as in the whole sweep."""
+    (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE.replace("config.seed])", "config.reuse_stages])"))
+    done, _ = run("sweeps=anchors", "anchors=three", "seed=2", root=clone, cwd=tmp_path)
+    assert (done.returncode, seen(tmp_path)) == (0, {"anchors/anchors=three,seed=2": [3, True]})
+
+
+def test_an_experiment_keeps_its_name_in_a_sweep(clone: Path, tmp_path: Path) -> None:
+    (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
+    done, _ = run("sweeps=stage_order", "experiments=stage_order/base", "seed=0,2", root=clone, cwd=tmp_path)
+    assert (done.returncode, seen(tmp_path)) == (
+        0, {"stage_order/base/seed=0": [2, 0], "stage_order/base/seed=2": [2, 2]}
+    )  # fmt: skip
+    refused, _ = run("sweeps=stage_order", "experiments=stage_order/base", "seed=0", "name=x", root=clone, cwd=tmp_path)
+    assert refused.returncode == 2 and "name" in refused.stderr and "x/seed=0" not in seen(tmp_path)
+
+
+def test_jobs_of_a_sweep_share_a_group(clone: Path, tmp_path: Path) -> None:
+    (clone / "tartvg" / "stages.py").write_text("def run(config):\n    print('group', config.tracking.group)\n")
+    for extra, group in (([], "t/anchors"), (["tracking.group=mine"], "mine")):
+        done, _ = run("sweeps=anchors", "seed=0", "name=t", "stage=grpo1", *extra, root=clone, cwd=tmp_path)
+        assert {line for line in done.stdout.splitlines() if line.startswith("group")} == {f"group {group}"}
+    done, _ = run("name=t", root=clone, cwd=tmp_path)
+    assert "group None" in done.stdout, "the tracker takes the name of the run"
 
 
 def test_sweep_of_several_devices_needs_an_outer_launcher(clone: Path, tmp_path: Path) -> None:

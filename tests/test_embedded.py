@@ -28,7 +28,7 @@ def test_it_is_a_qwen_with_qwens_special_tokens():
 
 @pytest.mark.slow
 def test_it_can_do_better_than_it_does(run_command, tmp_path):
-    """15 to 35 % of its samples have two valid anchors, and its best of eight samples is far better than its habit."""
+    """15 to 35 % of its samples are valid, and its best of eight is far better than its habit."""
     run_command(
         "stage=evaluate", "evaluate.targets=[base]", "evaluate.num_samples=8", f"runs_dir={tmp_path}", "name=r",
         "tracking.mode=off", "trainer.progress_bar=false", "trainer.num_threads=1",
@@ -36,5 +36,6 @@ def test_it_can_do_better_than_it_does(run_command, tmp_path):
     )  # fmt: skip
     scores = json.loads((tmp_path / "r/evaluate/base/scores.json").read_text())
     assert scores["num_queries"] == 120
-    assert 0.15 <= scores["valid_rate"][0] <= 0.35
+    _, low, high = scores["valid_rate"]
+    assert low >= 0.15 and high <= 0.35
     assert scores["oracle_iou"] > scores["miou"][0] + 0.15

@@ -13,7 +13,7 @@ HEAVY = ("torch", "transformers", "peft", "deepspeed", "pytorch_lightning", "wan
 MAX_LINES = 400
 
 
-@pytest.mark.parametrize("module", ["config", "types", "spans", "response", "prompts", "rewards"])
+@pytest.mark.parametrize("module", ["config", "types", "spans", "response", "prompts", "rewards", "monitors"])
 def test_imports_no_torch(module: str):
     code = f"import sys, tartvg.{module}; print(*(m for m in {HEAVY!r} if m in sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -162,6 +162,10 @@ def test_validation_is_carved_out_of_the_training_videos_of_charades() -> None:
     videos = [{s.video for s in part} for part in (train, val, test)]
     assert not videos[0] & videos[1] and not videos[0] & videos[2] and not videos[1] & videos[2]
     assert {s.split for s in val} == {"val"} and val[0].video.parent == REAL / "charades_sta/videos"
+    settings.reversed_windows = "swap"
+    assert (
+        len(load_samples(settings, "train")) + len(load_samples(settings, "val")) == 12405
+    )  # three lie beyond the end
     settings.limit = 7
     assert [len(load_samples(settings, split)) for split in ("train", "val", "test")] == [7, 7, 7]
     assert load_samples(settings, "val") == val[:7]

@@ -317,7 +317,7 @@ def test_the_settings_are_those_of_the_published_preprocessing(name):
     frames = config.policy.frames
     assert config.policy.path == f"Qwen/Qwen2.5-VL-{name[-2:].upper()}-Instruct"
     assert (config.policy.precision, config.policy.attention) == (Precision.bf16, "sdpa")
-    assert dataclasses.astuple(config.policy.lora) == (16, 32, 0.0)
+    assert dataclasses.astuple(config.policy.lora) == (16, 32, 0.0, False)
     assert (published["patch_size"], published["merge_size"], published["temporal_patch_size"]) == (
         PATCH, MERGE, TEMPORAL_PATCH,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from tartvg.records import append_jsonl, dumps, write_atomic, write_jsonl
 from tartvg.report.cards import choose_cases, marked
 from tartvg.report.curves import running_mean
 from tartvg.report.page import build_report
-from tartvg.report.runs import first_and_last_groups, read_run
+from tartvg.report.runs import first_and_last_groups, read_run, read_scores
 from tartvg.report.strips import contact_row, film_strip, thumbnails
 from tartvg.report.tables import (
     Cell,
@@ -214,7 +214,7 @@ def test_the_page_has_every_part(demo: tuple[Path, dict[str, GroundingSample], s
 
 def test_the_stage_table_shows_the_scores(demo: tuple[Path, dict[str, GroundingSample], str]) -> None:
     run, samples, page = demo
-    table = stage_table(run)
+    table = stage_table(read_scores(run))
     assert [row[0].text for row in table.rows] == ["base", "grpo1", "sft", "grpo2"]
     assert table.columns[-3:] == ("R1@0.3", "R1@0.5", "R1@0.7")
     final = dict(zip(table.columns, table.rows[-1], strict=True))
@@ -232,7 +232,7 @@ def test_a_run_that_has_only_begun_is_reported(tmp_path: Path) -> None:
     (tmp_path / "young").mkdir()
     page = build_report(tmp_path / "young", {}, tmp_path / "out" / "a.html").read_text("utf-8")
     assert "No policy of this run has been scored yet" in page and "grpo1/metrics.jsonl" in page
-    assert all(cell.text == "–" for row in stage_table(tmp_path / "young").rows for cell in row[1:])  # noqa: RUF001
+    assert all(cell.text == "–" for row in stage_table(read_scores(tmp_path / "young")).rows for cell in row[1:])  # noqa: RUF001
 
     append_jsonl(tmp_path / "young" / "grpo1" / "metrics.jsonl", [{"progress/step": 0, "reward/total_mean": 1.0}])
     with (tmp_path / "young" / "grpo1" / "metrics.jsonl").open("a") as file:
@@ -254,7 +254,7 @@ def test_one_scored_policy_and_lost_or_damaged_videos(tmp_path: Path) -> None:
     page = build_report(tmp_path / "run", {"a": sample}, tmp_path / "a.html").read_text("utf-8")
     assert "could not be read" in page and "not among the samples" in page
     assert "(reversed)" in page and "(outside)" in page and "unreadable" in page
-    assert [row[0].text for row in stage_table(tmp_path / "run").rows][-1] == "my_adapter"
+    assert [row[0].text for row in stage_table(read_scores(tmp_path / "run")).rows][-1] == "my_adapter"
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

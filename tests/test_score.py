@@ -99,6 +99,7 @@ def test_format_figures_describe_the_sampled_completions() -> None:
     assert card.format_rate.value == pytest.approx(3 / 5)
     assert card.valid_rate.value == pytest.approx(1 / 5)
     assert card.anchors_mean == pytest.approx((2 + 1 + 4 + 0 + 2) / 5)
+    assert card.anchored_rate == pytest.approx(4 / 5)
     assert card.refinement_rate == pytest.approx(4 / 5)
     assert card.consistency_rate == pytest.approx(3 / 4)
     assert card.oracle_iou == pytest.approx(9 / 10)

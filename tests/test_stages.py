@@ -2,11 +2,13 @@
 
 import json
 import os
-import signal
-import time
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import start_command
+from interruptions import kill_when, num_lines, results, rows
 
 OPEN_FILTER = ["anchors.filter.min_reward=-100", "anchors.filter.min_anchors=0", "anchors.filter.min_ious=[]"]
 TRAINED = ("grpo1", "filter", "sft", "grpo2", "evaluate/base", "evaluate/grpo1", "evaluate/sft", "evaluate/grpo2")
@@ -17,46 +19,6 @@ def settings(small, untrained_base):
     return [*small, *OPEN_FILTER, f"policy.path={untrained_base}", "grpo.sampling.max_new_tokens=24"]
 
 
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def metrics(path):
-    """Everything but wall time."""
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows(path)]
-
-
-def results(run):
-    """What must be equal bit for bit between an interrupted run and one that was not."""
-    found = {}
-    for path in sorted(run.rglob("*")):
-        name = path.relative_to(run).as_posix()
-        if path.name == "metrics.jsonl":
-            found[name] = metrics(path)
-        elif path.name == "predictions.jsonl":
-            found[name] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(path)]
-        elif path.name in ("rollouts.jsonl", "traces.jsonl", "scores.json", "summary.json"):
-            found[name] = path.read_text()
-        elif path.name == "adapter_model.safetensors" and path.parent.name == "adapter":
-            found[name] = path.read_bytes()
-    return found
-
-
-def kill_when(process, is_time):
-    """SIGKILL the process as soon as `is_time()` holds."""
-    deadline = time.monotonic() + 240
-    while not is_time():
-        assert process.poll() is None, "the process ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-
-
-def num_lines(path):
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def test_a_killed_grpo_stage_ends_like_one_that_was_not(settings, run_command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [*settings, "stage=grpo1", "trainer.checkpoint_every=2"]
@@ -64,7 +26,8 @@ def test_a_killed_grpo_stage_ends_like_one_that_was_not(settings, run_command, t
     process = start_command([*command, f"runs_dir={tmp_path}", "name=cut"])
     kill_when(process, lambda: num_lines(cut / "grpo1" / "metrics.jsonl") >= 3)
     assert not json.loads((cut / "grpo1" / "manifest.json").read_text())["finished"]
-    run_command(*command, f"runs_dir={tmp_path}", "name=cut")
+    # An interpreter of its own, whose hashes differ from those of the killed process.
+    run_command(*command, f"runs_dir={tmp_path}", "name=cut", is_real=True)
     assert results(cut) == results(whole)
     assert len(rows(cut / "grpo1" / "rollouts.jsonl")) == 4 * 2
     before = (cut / "grpo1" / "manifest.json").stat().st_mtime_ns
@@ -97,6 +60,17 @@ def test_a_pipeline_killed_in_every_stage_ends_like_one_that_was_not(settings, r
 
 
 @pytest.mark.slow
+def test_random_kills_of_every_kind_leave_no_trace(tmp_path):
+    """The campaign of tests/interruptions.py, one kill of each kind."""
+    script = Path(__file__).with_name("interruptions.py")
+    result = subprocess.run(
+        [sys.executable, script, "--kills", "6", "--folder", tmp_path], capture_output=True, text=True, timeout=1800
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "6 of 6 equal" in result.stdout
+
+
+@pytest.mark.slow
 def test_the_adapter_of_grpo2_is_a_plain_peft_adapter(settings, untrained_base, run_command, tmp_path):
     """Loaded by PEFT alone on the untouched base, it says what `stage=evaluate` recorded."""
     run_command(*settings, f"runs_dir={tmp_path}", "name=r", "stage.sequence=[grpo1,filter,sft,grpo2,evaluate]",
@@ -104,7 +78,8 @@ def test_the_adapter_of_grpo2_is_a_plain_peft_adapter(settings, untrained_base, 
     from peft import PeftModel
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from tartvg.policy.policy import Policy, greedy
+    from tartvg.policy.policy import Policy
+    from tartvg.policy.sampling import greedy
     from tartvg.prompts import build_prompt
     from tartvg.records import prediction_from_json
 

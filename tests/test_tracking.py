@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 
 from tartvg.config import TrackingConfig, TrackingMode
-from tartvg.tracking.tracker import EXAMPLE_COLUMNS, Tracker, example_rows
+from tartvg.tracking.summary import best_and_last
+from tartvg.tracking.tables import EXAMPLE_COLUMNS, example_rows
+from tartvg.tracking.tracker import MAX_ARTIFACT_NAME, Tracker, artifact_name, tags_of
+from tartvg.tracking.wandb_backend import scrub
 from tartvg.types import (
     Completion,
     GroundingSample,
+    Prediction,
     Prompt,
     Response,
     RewardBreakdown,
@@ -48,6 +52,12 @@ def group(*totals: float, query: str = "the red square appears") -> RolloutGroup
         for total in totals
     )
     return RolloutGroup(Prompt(sample, "prompt"), rollouts, 0)
+
+
+def answer(sample_id: str, span: Span | None) -> Prediction:
+    return Prediction(
+        sample_id, 0, "q", "v.mp4", (Span(0.0, 3.0),), 9.0, f"says {sample_id}", (), span, ("x", "y"), True
+    )
 
 
 def test_metrics_are_flat_lines_with_one_axis(tmp_path: Path) -> None:
@@ -143,6 +153,41 @@ def test_a_missing_artifact_is_our_mistake_not_wandbs(tmp_path: Path) -> None:
 
 # --- a real offline W&B run, in a process of its own because W&B keeps global state -----------------------------------
 
+
+def test_best_and_last_by_hand() -> None:
+    lines = [
+        {"progress/step": 0, "reward/total_mean": 1.0, "loss/total": 0.1, "loss/kl": None},
+        {"progress/step": 1, "reward/total_mean": 3.0, "loss/total": -0.1, "loss/kl": 0.2},
+        {"progress/step": 2, "reward/total_mean": 2.0, "loss/total": 0.0, "loss/kl": None},
+    ]
+    assert best_and_last(lines) == {
+        "last/progress/step": 2,
+        "last/reward/total_mean": 2.0,
+        "last/loss/total": 0.0,
+        "last/loss/kl": 0.2,
+        "best/reward/total_mean": 3.0,
+    }
+    assert best_and_last([{"loss/total": 2.0}, {"loss/total": 1.0}, {"loss/total": 1.5}])["best/loss/total"] == 1.0
+    assert best_and_last([]) == {}
+
+
+def test_names_of_artifacts_and_tags() -> None:
+    assert artifact_name("grpo1-rollouts") == "grpo1-rollouts"
+    assert artifact_name("my adapter (old)/x") == "my-adapter-old-x"
+    assert len(artifact_name("x" * 200)) == MAX_ARTIFACT_NAME
+    config = {"policy": {"name": "tiny"}, "dataset": {"name": "planted"}, "anchors": {"target": 2}, "seed": 0}
+    assert tags_of(config) == ["policy:tiny", "dataset:planted", "anchors:2", "seed:0"]
+
+
+def test_what_must_not_leave_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("HF_TOKEN", "hf_0123456789")
+    monkeypatch.setenv("SHORT_TOKEN", "true")
+    config = {"root": "/home/somebody/data", "list": ["a:/home/somebody", 3], "odd": "xhf_0123456789", "on": "true"}
+    assert scrub(config) == {"root": "~/data", "list": ["a:~", 3], "odd": "x***", "on": "true"}
+    assert scrub("/home/somebodyelse/x") == "/home/somebodyelse/x"
+
+
 FAKE_KEY = "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """
 import sys
@@ -150,7 +195,9 @@ import time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from tartvg.config import TrackingConfig, TrackingMode
-from test_tracking import group, tracker
+from tartvg.monitors import Alarm
+from tartvg.types import Span
+from test_tracking import answer, group, tracker
 
 folder, mode = Path(sys.argv[1]), TrackingMode(sys.argv[2])
 for resume_step in (0, 2):
@@ -160,7 +207,11 @@ for resume_step in (0, 2):
         t.examples([group(1.0, 2.0, query="find the cat")], resume_step)
         (folder / "adapter").mkdir(exist_ok=True)
         (folder / "adapter" / "weights.bin").write_bytes(b"weights")
-        t.artifact("adapter", "adapter", folder / "adapter")
+        (folder / "traces.jsonl").write_text("{{}}\\n")
+        t.uses("traces", "traces", folder / "traces.jsonl")
+        t.artifact("grpo1-adapter", "adapter", folder / "adapter")
+        t.answers([answer("a", Span(1.0, 3.0)), answer("b", None)], "planted")
+        t.alarms([Alarm("kl_blowup", resume_step, "rollout/kl", 2.0, 0.5, "step: too far")])
         t.summary({{"eval/planted/miou": 0.625}})
     time.sleep(1.1)  # W&B names the folder of a run by the second
 print("DONE")
@@ -177,7 +228,7 @@ def run_script(folder: Path, mode: str, **env: str) -> subprocess.CompletedProce
         text=True,
         env={**clean, "HOME": str(home), **env},
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=600,
     )
     assert "DONE" in result.stdout, result.stderr
     assert [line["progress/step"] for line in lines(folder)] == [0, 1, 2, 3]
@@ -236,18 +287,61 @@ def test_an_offline_run_holds_what_was_logged(offline: Path) -> None:
             rows.append({key: value for key, value in row.items() if not key.startswith("_")})
     scalars = [row for row in rows if "loss/total" in row]
     assert scalars == [{"progress/step": s, "loss/total": 1.0 + s} for s in range(4)]
+    logged = [{k: v for k, v in line.items() if v is not None} for line in lines(offline)]
+    assert scalars == logged, "W&B holds what metrics.jsonl holds"
+    numbers = [
+        json.loads(item.value_json)
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+        for item in record.history.item
+        if (item.key or "/".join(item.nested_key)) == "_step"
+    ]
+    assert numbers == sorted(set(numbers)) and len(numbers) == len(rows), "parts of a run do not overwrite each other"
+    assert sum("eval/planted/answers/path" in row for row in rows) == 2
     assert sum("rollout/examples/path" in row for row in rows) == 2
     tables = [json.loads(p.read_text()) for p in offline.glob("wandb/offline-run-*/files/media/table/rollout/*.json")]
     assert [table["data"][0][2] for table in tables] == ["find the cat"] * 2
-    kinds = [record.WhichOneof("record_type") for record in records]
-    assert "artifact" in kinds or any("artifact" in str(r) for r in records)
+    tables = [json.loads(p.read_text()) for p in offline.glob("wandb/offline-run-*/files/media/table/eval/*/*.json")]
+    assert [row[:2] for row in tables[0]["data"]] == [["best", "a"], ["best", "b"]]
+
+
+def artifacts(records: list[Any]) -> list[Any]:
+    """Artifact records stand alone or inside a request."""
+    alone = [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
+    asked = [r.request.log_artifact.artifact for r in records if r.request.HasField("log_artifact")]
+    return alone + asked
+
+
+def test_an_offline_run_holds_its_artifacts_and_what_it_used(offline: Path) -> None:
+    own = [a for a in artifacts(wandb_records(offline)) if a.type in ("adapter", "traces")]
+    assert [(a.name, a.type, a.use_after_commit) for a in own] == [
+        ("traces", "traces", True),
+        ("grpo1-adapter", "adapter", False),
+    ] * 2
+    assert [[entry.path for entry in a.manifest.contents] for a in own[:2]] == [["traces.jsonl"], ["weights.bin"]]
+    assert json.loads(own[1].metadata) == {"run": "myrun", "stage": "grpo1"}
+    assert own[0].digest == own[2].digest, "the same content is the same version, and the line between two runs"
+
+
+def test_an_offline_run_holds_alerts_and_headlines(offline: Path) -> None:
+    records = wandb_records(offline)
+    alerts = [r.alert for r in records if r.WhichOneof("record_type") == "alert"]
+    assert [(a.title, a.text, a.level) for a in alerts] == [("grpo1: kl_blowup", "step: too far", "WARN")] * 2
+    assert len((offline / "alarms.jsonl").read_text().splitlines()) == 2
+    summary = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "summary":
+            for item in record.summary.update:
+                summary["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
+    assert summary["last/loss/total"] == 4.0 and summary["best/loss/total"] == 1.0, "over both parts of the run"
+    assert summary["eval/planted/miou"] == 0.625
 
 
 def test_an_offline_run_is_named_and_resumed_under_one_id(offline: Path) -> None:
     runs = [r.run for r in wandb_records(offline) if r.WhichOneof("record_type") == "run"]
     assert {run.run_id for run in runs} == {(offline / "wandb_id").read_text().strip()}
     assert (runs[0].display_name, runs[0].run_group, runs[0].job_type) == ("myrun/grpo1", "myrun", "grpo1")
-    assert list(runs[0].tags) == ["toy"]
+    assert list(runs[0].tags) == ["toy", "policy:tiny", "seed:7"]
     config = {item.key: json.loads(item.value_json) for item in runs[0].config.update if item.key}
     assert (config["seed"], config["stage"], config["policy"]) == (7, "grpo1", {"name": "tiny"})
     axes = {
@@ -269,7 +363,9 @@ def test_no_file_holds_the_key_or_the_home_folder(offline: Path) -> None:
     assert not list(offline.rglob("requirements.txt")) and not list(offline.rglob("wandb-metadata.json"))
 
 
-def test_online_without_a_key_warns_once_and_goes_on(tmp_path: Path) -> None:
+def test_online_without_a_key_warns_once_and_goes_on_offline(tmp_path: Path) -> None:
     result = run_script(tmp_path / "grpo1", "online", WANDB_BASE_URL="http://127.0.0.1:9")
     # One warning per tracker: the script opens two.
-    assert result.stderr.count("W&B failed and is off") == 2
+    assert result.stderr.count("W&B cannot be reached and goes on offline") == 2
+    assert "W&B failed" not in result.stderr
+    assert list((tmp_path / "grpo1").glob("wandb/offline-run-*/*.wandb"))

@@ -9,8 +9,7 @@ from tartvg.config import (
     AnchorsConfig,
     FramesConfig,
     GrpoConfig,
-    PlantedConfig,
-    PolicyConfig,
+    LrDecay,
     RewardConfig,
     SamplingConfig,
     SftConfig,
@@ -18,14 +17,11 @@ from tartvg.config import (
     TrackingMode,
     TrainerConfig,
 )
-from tartvg.data.planted import load_planted
-from tartvg.policy.policy import Policy
-from tartvg.prompts import build_prompt
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
 from tartvg.training.checkpoint import latest_checkpoint
 from tartvg.training.grpo_module import GrpoModule
-from tartvg.training.loop import StageRun, make_trainer
+from tartvg.training.loop import StageRun, learning_rate_share, make_trainer
 from tartvg.training.plan import StepDataset, step_indices, step_loader
 from tartvg.training.sft_module import SftModule, TraceDataset
 from tartvg.types import RolloutGroup, Trace
@@ -33,18 +29,6 @@ from tartvg.types import RolloutGroup, Trace
 CPU = TrainerConfig(progress_bar=False)
 OFF = TrackingConfig(mode=TrackingMode.off)
 GRPO = GrpoConfig(max_steps=2, group_size=4, prompts_per_step=2, lr=1e-2, sampling=SamplingConfig(max_new_tokens=12))
-
-
-@pytest.fixture(scope="module")
-def prompts(planted_root):
-    samples = load_planted(planted_root, PlantedConfig(2, 1, 1, 2), "train", "planted")
-    return [build_prompt(s, AnchorsConfig()) for s in samples]
-
-
-@pytest.fixture
-def policy(untrained_base):
-    frames = FramesConfig(min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
-    return Policy(PolicyConfig(name="t", path=str(untrained_base), frames=frames), seed=0)
 
 
 def make_grpo(policy, folder, rubric, settings=GRPO):
@@ -88,6 +72,12 @@ def test_traces_of_a_query_stay_together(prompts):
         TraceDataset([], by_id, SftConfig(), seed=0)
 
 
+def test_the_learning_rate_warms_up_and_falls_linearly():
+    warm = GrpoConfig(warmup_steps=1, lr_decay=LrDecay.linear)
+    assert [learning_rate_share(warm, step, 4) for step in range(4)] == [0.5, 0.75, 0.5, 0.25]
+    assert [learning_rate_share(GrpoConfig(), step, 4) for step in range(4)] == [1.0] * 4
+
+
 def test_grpo_learns_what_is_rewarded(policy, prompts, tmp_path):
     """The real module under a real trainer; only the reward is a toy: how often one token is said."""
     settings = dataclasses.replace(GRPO, max_steps=15, group_size=16, kl_coef=0.0, lr=5e-2)
@@ -124,16 +114,16 @@ def test_the_first_step_has_ratio_one_and_no_kl(policy, prompts, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["loss/kl"] == 0.0
     assert rows[0]["loss/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
-    step, weights, _ = latest_checkpoint(tmp_path / "checkpoints")
-    assert step == 2 and all("lora" in name for name in weights)
+    found = latest_checkpoint(tmp_path / "checkpoints")
+    assert found.step == 2 and all("lora" in name for name in found.weights)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(policy, prompts, tmp_path, capsys):
     module = make_grpo(policy, tmp_path, Rubric(RewardConfig(), AnchorsConfig()))
     make_trainer(CPU, tmp_path).fit(module, step_loader(StepDataset(prompts, 2, 0, 0, 2, None), 0))
     (tmp_path / "checkpoints/step_000002/optimizer.pt").write_bytes(b"damaged")
-    assert latest_checkpoint(tmp_path / "checkpoints")[0] == 1
-    assert "cannot be read" in capsys.readouterr().out
+    assert latest_checkpoint(tmp_path / "checkpoints").step == 1
+    assert "is damaged (optimizer.pt: 7 bytes instead of" in capsys.readouterr().out
 
 
 def test_sft_raises_the_likelihood_of_its_traces(policy, prompts, tmp_path):

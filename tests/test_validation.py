@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from tartvg.config import DatasetConfig, DatasetName, FramesConfig
-from tartvg.data.examine import VideoFault, examine, has_variable_rate
+from tartvg.data.examine import VideoFault, examine
+from tartvg.data.packets import has_variable_rate
 from tartvg.data.validation import run_validation
 from tartvg.data.workers import WorkerError, map_isolated
 

@@ -19,10 +19,12 @@ from tartvg.config.choices import (
     ImportanceLevel,
     IouKind,
     KlEstimator,
+    LrDecay,
     Precision,
     PromptStyle,
     SettingError,
     StageName,
+    StageStopped,
     Strategy,
     TrackingMode,
     require,
@@ -47,12 +49,15 @@ from tartvg.config.method import (
     SamplingConfig,
     SftConfig,
 )
+from tartvg.config.monitors import ControlName, ControlsConfig, MonitorName, MonitorsConfig
 
 __all__ = [
     "AdvantageScale",
     "Aggregation",
     "AnchorsConfig",
     "Config",
+    "ControlName",
+    "ControlsConfig",
     "CountPenalty",
     "DatasetConfig",
     "DatasetName",
@@ -64,17 +69,22 @@ __all__ = [
     "IouKind",
     "KlEstimator",
     "LoraConfig",
+    "LrDecay",
+    "MonitorName",
+    "MonitorsConfig",
     "PlantedConfig",
     "PolicyConfig",
     "Precision",
     "PretrainConfig",
     "PromptStyle",
+    "ReportConfig",
     "RewardConfig",
     "SamplingConfig",
     "SettingError",
     "SftConfig",
     "StageConfig",
     "StageName",
+    "StageStopped",
     "Strategy",
     "TrackingConfig",
     "TrackingMode",
@@ -95,6 +105,25 @@ class StageConfig:
 
 
 @dataclass
+class ReportConfig:
+    """What stage=report is about; without either, the run or the sweep called `name`."""
+
+    runs: list[str] = field(default_factory=list)
+    """Names below runs_dir, of runs or of sweeps, that are compared on one page."""
+    group: str | None = None
+    """All runs below runs_dir with this W&B group."""
+
+    def __post_init__(self) -> None:
+        for name in self.runs:
+            require(_is_below(name), "report.runs", "names of folders below runs_dir", name)
+        require(not (self.runs and self.group), "report.group", "null beside report.runs", self.group)
+
+
+def _is_below(name: str) -> bool:
+    return all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+@dataclass
 class Config:
     """One run."""
 
@@ -102,6 +131,9 @@ class Config:
     """Folder under runs_dir; may be nested. Jobs of a sweep get one of their own below it."""
     runs_dir: str = "runs"
     seed: int = 0
+    reuse_stages: bool | None = None
+    """Copy a stage that another run below runs_dir has finished with the same settings, inputs and code, instead of
+    doing it again. null: in a sweep only."""
     init_adapter: str | None = None
     """Adapter folder that grpo1, grpo2 or ground starts from, instead of the stage's own rule."""
     video: str | None = None
@@ -119,14 +151,16 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
+    controls: ControlsConfig = field(default_factory=ControlsConfig)
     experiments: Any = None
     """Group choice only; carries no values of its own."""
     sweeps: Any = None
     """Group choice only; carries no values of its own."""
 
     def __post_init__(self) -> None:
-        nested = self.name.split("/")
-        require(all(part not in ("", ".", "..") for part in nested), "name", "a folder below runs_dir", self.name)
+        require(_is_below(self.name), "name", "a folder below runs_dir", self.name)
         require(self.seed >= 0, "seed", ">= 0", self.seed)
         for group in ("experiments", "sweeps"):
             # Without that header the file's values would land here, where nobody reads them.

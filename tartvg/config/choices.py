@@ -9,6 +9,10 @@ class SettingError(ValueError):
     """A setting that the user can correct. run.py prints it as one line, without a traceback."""
 
 
+class StageStopped(Exception):
+    """A stage ended itself and can be continued. run.py prints the reason in one line, without a traceback."""
+
+
 def require(condition: bool, setting: str, expected: str, got: object) -> None:
     """Raise SettingError with the setting's name unless `condition` holds."""
     if not condition:
@@ -20,6 +24,7 @@ class StageName(Enum):
 
     pipeline = "pipeline"
     pretrain = "pretrain"
+    rollouts = "rollouts"
     grpo1 = "grpo1"
     filter = "filter"
     sft = "sft"
@@ -27,6 +32,7 @@ class StageName(Enum):
     evaluate = "evaluate"
     ground = "ground"
     validate = "validate"
+    memory = "memory"
     report = "report"
 
 
@@ -63,6 +69,13 @@ class PromptStyle(Enum):
 
     tar = "tar"
     timezero = "timezero"
+
+
+class LrDecay(Enum):
+    """What the learning rate does after the warm-up."""
+
+    none = "none"
+    linear = "linear"
 
 
 class AdvantageScale(Enum):
@@ -110,6 +123,7 @@ class Strategy(Enum):
     ddp = "ddp"
     zero2 = "zero2"
     zero3 = "zero3"
+    zero3_offload = "zero3_offload"
 
 
 class TrackingMode(Enum):

@@ -11,6 +11,7 @@ from tartvg.config.choices import (
     ImportanceLevel,
     IouKind,
     KlEstimator,
+    LrDecay,
     PromptStyle,
     require,
 )
@@ -26,6 +27,8 @@ class FilterConfig:
     """Soft IoU that anchor 1, 2, ... must exceed."""
     max_per_query: int | None = None
     """Keep at most this many of a query's traces, the best first; null keeps all."""
+    source: str = "grpo1"
+    """Stage whose rollouts are read: `grpo1`, or `rollouts`, which draws them from the untouched base."""
 
     def __post_init__(self) -> None:
         require(self.min_anchors >= 0, "anchors.filter.min_anchors", ">= 0", self.min_anchors)
@@ -36,6 +39,7 @@ class FilterConfig:
             "null or >= 1",
             self.max_per_query,
         )
+        require(self.source in ("grpo1", "rollouts"), "anchors.filter.source", "grpo1 or rollouts", self.source)
 
 
 @dataclass
@@ -108,14 +112,23 @@ class GrpoConfig:
     """Rollout batches of one GRPO stage."""
     grpo2_max_steps: int | None = None
     """The same for grpo2 when it should differ; null uses max_steps."""
+    whole_budget: bool = False
+    """grpo1 also gets the steps of grpo2: for a run with a single GRPO stage that may cost as much as one with two."""
     group_size: int = 8
     """G completions per prompt."""
     prompts_per_step: int = 8
     """Groups per optimiser step, over all processes."""
+    rollouts_per_step: int | None = None
+    """Completions per optimiser step; sets prompts_per_step to this over group_size. null leaves it as it is."""
+    prompts_at_once: int | None = None
+    """Prompts that a process samples in one batch; null: all of its step. 1 makes rollouts independent of the number of
+    processes to the last bit, as rounding depends on the size of a batch."""
     num_iterations: int = 1
     """Updates per rollout batch (mu)."""
     lr: float = 1e-6
     warmup_steps: int = 0
+    lr_decay: LrDecay = LrDecay.none
+    """`linear` falls from `lr` to `lr / max_steps` in the last step."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     clip_low: float = 0.2
@@ -141,7 +154,13 @@ class GrpoConfig:
             self.grpo2_max_steps,
         )
         require(self.group_size >= 2, "grpo.group_size", ">= 2 (advantages compare completions)", self.group_size)
+        if self.rollouts_per_step is not None:
+            fits = self.rollouts_per_step >= 1 and self.rollouts_per_step % self.group_size == 0
+            require(fits, "grpo.rollouts_per_step", "a multiple of grpo.group_size", self.rollouts_per_step)
+            self.prompts_per_step = self.rollouts_per_step // self.group_size
         require(self.prompts_per_step >= 1, "grpo.prompts_per_step", ">= 1", self.prompts_per_step)
+        at_once = self.prompts_at_once
+        require(at_once is None or at_once >= 1, "grpo.prompts_at_once", "null or >= 1", at_once)
         require(self.num_iterations >= 1, "grpo.num_iterations", ">= 1", self.num_iterations)
         require(self.lr > 0, "grpo.lr", "> 0", self.lr)
         require(self.warmup_steps >= 0, "grpo.warmup_steps", ">= 0", self.warmup_steps)
@@ -158,6 +177,13 @@ class GrpoConfig:
             self.sampling.temperature,
         )
 
+    def steps_of(self, stage: str) -> int:
+        """Rollout batches of `grpo1`, `rollouts` or `grpo2`."""
+        second = self.grpo2_max_steps or self.max_steps
+        if stage == "grpo2":
+            return second
+        return self.max_steps + (second if self.whole_budget else 0)
+
 
 @dataclass
 class SftConfig:
@@ -170,6 +196,7 @@ class SftConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     warmup_steps: int = 0
+    lr_decay: LrDecay = LrDecay.none
 
     def __post_init__(self) -> None:
         require(self.epochs >= 1, "sft.epochs", ">= 1", self.epochs)
@@ -184,6 +211,8 @@ class SftConfig:
 class PretrainConfig:
     """Making the tiny stand-in for a pretrained model: perception first, then the imprecise habit."""
 
+    start: str = ""
+    """A finished tiny base to go on from: `embedded:tiny` or a folder. Only the repeat phase runs then."""
     output: str = "runs/tiny_base"
     """Folder that receives the model in Hugging Face format."""
     num_videos: int = 1000
@@ -191,7 +220,7 @@ class PretrainConfig:
     tower_steps: int = 1000
     perception_steps: int = 2400
     habit_steps: int = 900
-    repeat_steps: int = 300
+    repeat_steps: int = 400
     batch_size: int = 32
     lr: float = 2e-3
     habit_lr: float = 1e-3
@@ -217,6 +246,11 @@ class EvaluateConfig:
     limit: int | None = None
     """Score only the first queries."""
     temperature: float = 1.0
+    num_shards: int = 1
+    """Processes that share the batches. The results do not depend on it."""
+    shard: int | None = None
+    """null: this command starts all of its shards on this machine. A number from 0: it works on that share alone, and
+    whichever ends last puts the results together; for several nodes that see the same runs_dir."""
 
     def __post_init__(self) -> None:
         require(self.split in ("train", "val", "test"), "evaluate.split", "train, val or test", self.split)
@@ -224,3 +258,6 @@ class EvaluateConfig:
         require(self.batch_size >= 1, "evaluate.batch_size", ">= 1", self.batch_size)
         require(self.limit is None or self.limit >= 1, "evaluate.limit", "null or >= 1", self.limit)
         require(self.temperature > 0, "evaluate.temperature", "> 0", self.temperature)
+        require(self.num_shards >= 1, "evaluate.num_shards", ">= 1", self.num_shards)
+        bound = f"null or from 0 to {self.num_shards - 1} (evaluate.num_shards - 1)"
+        require(self.shard is None or 0 <= self.shard < self.num_shards, "evaluate.shard", bound, self.shard)

@@ -56,7 +56,7 @@ def read(paths: Sequence[Path], options: ReadOptions) -> Annotations:
 def content_checksum(rows: Sequence[Row]) -> str:
     """SHA-256 over the sorted (video, start, end, sentence) of all rows, in hexadecimal."""
     lines = sorted(f"{r.video} {w.start:.2f} {w.end:.2f} {r.query.strip()}" for r in rows for w in r.windows)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _refuse_test(path: Path, rows: Sequence[Row], split: str) -> None:

@@ -11,10 +11,11 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from tartvg.config import DatasetConfig, DatasetName
 from tartvg.data import activitynet, charades_sta, jsonl, qvhighlights, tacos, tvgbench
-from tartvg.data.annotations import Annotations, ReadOptions
+from tartvg.data.annotations import Annotations, ReadOptions, ReversedWindows
 from tartvg.data.splits import carve
 from tartvg.types import GroundingSample
 
@@ -95,6 +96,7 @@ def load_annotations(settings: DatasetConfig, split: str) -> Annotations:
         split="train" if is_carved else split,
         videos=Path(settings.videos) if settings.videos else root / "videos",
         clip_windows=settings.clip_windows,
+        reversed_windows=cast(ReversedWindows, settings.reversed_windows),  # checked by DatasetConfig
     )
     annotations = source.read(paths, options)
     _LOG.info("%s: %s", paths[0], annotations.quirks.summary())

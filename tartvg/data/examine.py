@@ -6,22 +6,16 @@ both), and over the frames that training would sample, by the function that trai
 
 from __future__ import annotations
 
-import statistics
+import time
 from dataclasses import dataclass
 from enum import Enum
-from itertools import pairwise
 from pathlib import Path
 
-import av
 from av.error import FFmpegError
 
 from tartvg.config import FramesConfig
-from tartvg.data.video import VideoError, read_clip
-
-VARIABLE_SPACING = 0.2
-"""A gap between frames is odd when it differs from the median gap by more than this share of it."""
-VARIABLE_SHARE = 0.01
-"""The frame rate is variable when more than this share of the gaps is odd: one dropped frame is not."""
+from tartvg.data.packets import NoVideoStream, scan
+from tartvg.data.video import read_clip
 
 
 class VideoFault(str, Enum):
@@ -58,11 +52,11 @@ def examine(path: Path, frames: FramesConfig, annotated: float) -> VideoFacts:
     if not path.is_file():
         return VideoFacts(faults=(VideoFault.MISSING,), detail=f"{path}: no such file")
     try:
-        times = _packet_times(path)
-        if times is None:
-            return VideoFacts(faults=(VideoFault.NO_VIDEO_STREAM,), detail=f"{path}: no video stream")
+        table = scan(path, time.monotonic() + frames.timeout_s)
         clip = read_clip(path, frames)
-    except (VideoError, FFmpegError, OSError, ValueError, MemoryError) as error:
+    except NoVideoStream as error:
+        return VideoFacts(faults=(VideoFault.NO_VIDEO_STREAM,), detail=str(error))
+    except (FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:
         detail = str(error) if str(path) in str(error) else f"{path}: {error}"
         return VideoFacts(faults=(VideoFault.UNREADABLE,), detail=detail)
     faults, details = [], []
@@ -70,28 +64,7 @@ def examine(path: Path, frames: FramesConfig, annotated: float) -> VideoFacts:
     if abs(clip.duration - annotated) > max(1.0, 0.02 * annotated):
         faults.append(VideoFault.DURATION_DISAGREES)
         details.append(f"{path}: lasts {clip.duration:.2f} s, annotated as {annotated:.2f} s")
-    if has_variable_rate(times):
+    if table.is_variable:
         faults.append(VideoFault.VARIABLE_FRAME_RATE)
         details.append(f"{path}: variable frame rate")
-    return VideoFacts(clip.duration, len(times), tuple(faults), "; ".join(details))
-
-
-def has_variable_rate(times: list[float]) -> bool:
-    """Whether frames at `times` (seconds, ascending) are unevenly spaced, beyond a dropped frame here and there."""
-    gaps = [later - earlier for earlier, later in pairwise(times)]
-    if len(gaps) < 2:
-        return False
-    median = statistics.median(gaps)
-    odd = sum(abs(gap - median) > VARIABLE_SPACING * median + 1e-9 for gap in gaps)
-    return odd > max(1.0, VARIABLE_SHARE * len(gaps))
-
-
-def _packet_times(path: Path) -> list[float] | None:
-    """Presentation times of all frames in seconds; None when there is no video stream."""
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            return None
-        stream = container.streams.video[0]
-        base = stream.time_base
-        stamps = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
-    return [float(stamp * base) for stamp in stamps] if base is not None else []
+    return VideoFacts(clip.duration, len(table.shown), tuple(faults), "; ".join(details))

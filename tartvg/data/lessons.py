@@ -85,7 +85,9 @@ FIRST = ("It is around ", "A first look gives ", "Roughly ")
 SECOND = (". Looking closer, it is ", ". More precisely, ")
 THIRD = (". Once more, ",)
 SHAPES_OF_ANSWERS = ("valid", "one", "none", "unclosed", "mismatch", "three")
-SHARES = (0.24, 0.36, 0.10, 0.12, 0.12, 0.06)
+SHARES = (0.17, 0.40, 0.12, 0.14, 0.14, 0.03)
+LATE_SHARES = (0.18, 0.42, 0.16, 0.14, 0.06, 0.04)
+"""Of the last phase: an answer that contradicts its anchor teaches the opposite of what the phase is for."""
 
 
 def coarse(window: Span, duration: float) -> Span:
@@ -111,7 +113,35 @@ def _tag(span: Span) -> str:
 REPEAT_PROMPT = "Name any {number} of the video, then repeat the last as the answer."
 
 
-def repetition(rng: np.random.Generator) -> tuple[str, str]:
+@dataclass(frozen=True)
+class Answer:
+    """What a lesson answers: the loss counts `taught` only, after `given`."""
+
+    given: str
+    taught: str
+
+
+def exact(window: Span, _: float, __: np.random.Generator) -> Answer:
+    """The truth and nothing else: what the perception phase teaches."""
+    return Answer("", f"<answer>{window}</answer>")
+
+
+def habitual(window: Span, duration: float, rng: np.random.Generator) -> Answer:
+    """A completion as an untuned model samples it."""
+    return Answer("", habit(window, duration, rng))
+
+
+def late_habitual(window: Span, duration: float, rng: np.random.Generator) -> Answer:
+    """The same, as the finished base should."""
+    return Answer("", habit(window, duration, rng, LATE_SHARES))
+
+
+def echo(_: Span, __: float, rng: np.random.Generator) -> Answer:
+    """Whatever the video shows: times drawn at random are given, the last one repeated is taught."""
+    return repetition(rng)[1]
+
+
+def repetition(rng: np.random.Generator) -> tuple[str, Answer]:
     """A question and an answer without a truth: times drawn at random, the last one repeated.
 
     Nothing but looking back can tell the answer's digits, so this teaches what every other lesson only invites: an
@@ -121,16 +151,16 @@ def repetition(rng: np.random.Generator) -> tuple[str, str]:
     spans = []
     for _ in range(count):
         start = float(rng.integers(0, 60)) / 2
-        spans.append(Span(start, start + float(rng.integers(2, 20)) / 2))
+        spans.append(Span(start, start + float(rng.integers(2, 40)) / 2))
     then = [str(rng.choice(choices)) for choices in (SECOND, THIRD)]
     body = str(rng.choice(FIRST)) + _tag(spans[0]) + "".join(t + _tag(s) for t, s in zip(then, spans[1:], strict=False))
     prompt = REPEAT_PROMPT.format(number=("one time", "two times", "three times")[count - 1])
-    return prompt, f"<think>{rng.choice(OPENERS)}{body}.</think><answer>{spans[-1]}</answer>"
+    return prompt, Answer(f"<think>{rng.choice(OPENERS)}{body}.</think><", f"answer>{spans[-1]}</answer>")
 
 
-def habit(window: Span, duration: float, rng: np.random.Generator) -> str:
+def habit(window: Span, duration: float, rng: np.random.Generator, shares: tuple[float, ...] = SHARES) -> str:
     """One completion as the base should sample it: the format is right in a quarter, the times exact in few."""
-    shape = rng.choice(SHAPES_OF_ANSWERS, p=SHARES)
+    shape = rng.choice(SHAPES_OF_ANSWERS, p=shares)
     opener, lead, then = (str(rng.choice(choices)) for choices in (OPENERS, FIRST, SECOND))
     one = _guess(window, duration, (0.66, 0.18, 0.16), rng)
     first = _guess(window, duration, (0.60, 0.30, 0.10), rng)

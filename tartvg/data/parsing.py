@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,16 @@ MAX_SECONDS = 1e7
 
 
 def read_text(path: Path) -> str:
-    """A whole UTF-8 file, with or without a byte-order mark. Raises ValueError when it cannot be read or is too big."""
+    """A whole UTF-8 file, with or without a byte-order mark; newlines as in Python's text files.
+
+    Raises ValueError when it cannot be read, is too big, or is a pipe or device: those may never end.
+    """
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise ValueError(f"{path}: {size} bytes; an annotation file has at most {MAX_FILE_BYTES}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path}: a {'directory' if path.is_dir() else 'pipe or device'}, not a file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"{path}: {status.st_size} bytes; an annotation file has at most {MAX_FILE_BYTES}")
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
@@ -157,9 +163,11 @@ def shorten(value: Any) -> str:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {shorten(repeated)} is there twice")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {shorten(key)} is there twice")
+            seen.add(key)
     return value
 
 

@@ -33,4 +33,6 @@ def _rows(path: Path, split: str) -> Iterator[Row]:
         duration = length(seconds(required(entry, "num_frames", where), "num_frames", where) / fps, where)
         for number, (frames, sentence) in enumerate(pairs):
             sample_id = f"tacos_{split}_{video.removesuffix('.avi')}_{number}"
-            yield Row(where, sample_id, video, sentence, (Span(frames.start / fps, frames.end / fps),), duration)
+            at = f"{where}, sentence {number}"  # checked again: a tiny fps makes any frame number infinite
+            window = Span(seconds(frames.start / fps, "start", at), seconds(frames.end / fps, "end", at))
+            yield Row(where, sample_id, video, sentence, (window,), duration)

@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from av.error import FFmpegError
-from av.video.reformatter import VideoReformatter
 
 from tartvg.config import FramesConfig
+from tartvg.data.decode import Painter, pictures
+from tartvg.data.packets import PacketTable, VideoError, scan
 
 TEMPORAL_PATCH = 2
 """Frames that the vision tower merges into one grid step."""
 FACTOR = 28
 """Sides are multiples of patch size 14 times merge size 2."""
-
-
-class VideoError(ValueError):
-    """A file that cannot be used; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -82,60 +78,42 @@ def target_size(height: int, width: int, num_frames: int, settings: FramesConfig
     return new_height, new_width
 
 
-def _presentation_times(container: av.container.InputContainer) -> tuple[list[float], float]:
-    """Times of all frames and their mean distance, from the packets alone: containers lie about their frames."""
-    stream = container.streams.video[0]
-    stamps = sorted(p.pts for p in container.demux(stream) if p.pts is not None)
-    assert stream.time_base is not None
-    times = [float(stamp * stream.time_base) for stamp in stamps]
-    gap = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 0.0
-    rate = float(stream.average_rate or 0)
-    counts_milliseconds = stream.time_base == Fraction(1, 1000)  # Matroska: every frame's time is rounded
-    if rate and (not gap or (counts_milliseconds and abs(gap * rate - 1) < 1e-3)):
-        gap = 1 / rate
-    return times, gap or 0.5
+def chosen_stamps(table: PacketTable, count: int) -> list[int]:
+    """Stamps of the `count` frames that are sampled.
+
+    Even steps over the frames, as long as these are even steps in time, too: the model takes the distance of two
+    sampled frames for a constant. In a file with a variable frame rate the frame that is on the screen at each step is
+    taken, and one that stays for long more than once.
+    """
+    shown = table.shown
+    chosen = [shown[index] for index in sampled_indices(len(shown), count)]
+    step = table.duration / count
+    if all(abs(table.seconds(stamp) - i * step) <= step / 2 for i, stamp in enumerate(chosen)):
+        return chosen
+    times = [table.seconds(stamp) for stamp in shown]
+    return [shown[bisect_right(times, i * step) - 1] for i in range(count)]
 
 
 def _decode(path: Path, settings: FramesConfig, deadline: float) -> Clip:
-    with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise VideoError(f"{path}: no video stream")
-        stamps, gap = _presentation_times(container)
-    if not stamps:
-        raise VideoError(f"{path}: no video frames")
-    duration = len(stamps) * gap
-    count = num_sampled(len(stamps), duration, settings)
-    wanted = sampled_indices(len(stamps), count)
-    frames: list[np.ndarray] = []
-    times: list[float] = []
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        scaler = VideoReformatter()  # one for all frames: building its tables costs more than a resize
-        size: tuple[int, int] | None = None
-        for index, frame in enumerate(container.decode(stream)):
-            if time.monotonic() > deadline:
-                raise VideoError(f"{path}: decoding took longer than {settings.timeout_s:g} s")
-            if len(frames) == count:
-                break
-            if index != wanted[len(frames)]:
-                continue
-            size = size or target_size(frame.height, frame.width, count, settings)
-            scaled = scaler.reformat(frame, width=size[1], height=size[0], format="rgb24", interpolation="BICUBIC")
-            image = scaled.to_ndarray()
-            while len(frames) < count and wanted[len(frames)] == index:
-                frames.append(image)
-                times.append(float(frame.time or 0.0) - stamps[0])
-    if len(frames) < count:
-        raise VideoError(f"{path}: {len(frames)} of {count} sampled frames could be decoded; the file is damaged")
-    return Clip(np.stack(frames), tuple(times), duration)
+    table = scan(path, deadline)
+    count = num_sampled(len(table.shown), table.duration, settings)
+    painter = Painter(lambda height, width: target_size(height, width, count, settings))
+    half_a_step = table.duration / count / 2
+    found = pictures(path, table, chosen_stamps(table, count), half_a_step, painter, deadline)
+    return Clip(np.stack([image for _, image in found]), tuple(time for time, _ in found), table.duration)
 
 
 def read_clip(path: Path, settings: FramesConfig) -> Clip:
-    """Decode the sampled frames of a file. Raises VideoError naming the file and what is wrong with it."""
+    """Decode the sampled frames of a file. Raises VideoError naming the file and what is wrong with it.
+
+    `settings.timeout_s` is looked at between packets: a decoder that hangs inside one is not ended here, and one that
+    crashes takes the process along. `tartvg.data.clips.ClipReader` does both in a process of its own.
+    """
     if not path.is_file():
         raise VideoError(f"{path}: no such video file")
     try:
         return _decode(path, settings, time.monotonic() + settings.timeout_s)
-    except (FFmpegError, OSError) as error:
-        raise VideoError(f"{path}: {error}") from error
+    except VideoError:
+        raise
+    except (FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:  # PyAV's, on damaged headers
+        raise VideoError(f"{path}: {error or type(error).__name__}") from error

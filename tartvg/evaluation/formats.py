@@ -76,7 +76,8 @@ def read_predictions(path: Path, samples: Sequence[GroundingSample]) -> Predicti
         raise ValueError(f"{path}: no predictions")
     name = _format_of(records[0][2])
     if name is None:
-        raise ValueError(f"{path}: keys {sorted(records[0][2])[:8]} are of no known format: {', '.join(_READERS)}")
+        keys = [shorten(key) for key in sorted(records[0][2])[:8]]
+        raise ValueError(f"{path}: keys {', '.join(keys)} are of no known format: {', '.join(_READERS)}")
     index = _Index(samples)
     items: list[Prediction] = []
     ranked: dict[str, tuple[tuple[Span, float], ...]] = {}
@@ -147,8 +148,8 @@ class _Index:
 def _tartvg(record: dict[str, Any], key: str, where: str, index: _Index) -> tuple[Prediction, Ranked | None]:
     try:
         prediction = prediction_from_json({name: value for name, value in record.items() if name in _FIELDS})
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"{where}: not a record of predictions.jsonl ({error})") from error
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        raise ValueError(f"{where}: not a record of predictions.jsonl ({shorten(str(error))})") from error
     sample = index.by_name(text_of(prediction.sample_id, "sample_id", where), where)
     whole_number(prediction.sample_index, "sample_index", where)
     if not all(math.isfinite(t) for s in (prediction.answer, *prediction.anchors) if s is not None for t in s):
@@ -161,7 +162,7 @@ def _moment_detr(record: dict[str, Any], key: str, where: str, index: _Index) ->
     sample = index.by_name(f"{ID_PREFIX}{whole_number(required(record, 'qid', where), 'qid', where)}", where)
     _compare(sample, where, video=record.get("vid"), query=record.get("query"))
     ranked = []
-    for window in sequence(record["pred_relevant_windows"], where):
+    for window in sequence(required(record, "pred_relevant_windows", where), where):
         values = sequence(window, where)
         if len(values) not in (2, 3):
             raise ValueError(f"{where}: a window is [start, end, score], got {shorten(window)}")
@@ -174,7 +175,7 @@ def _moment_detr(record: dict[str, Any], key: str, where: str, index: _Index) ->
 def _timechat(record: dict[str, Any], key: str, where: str, index: _Index) -> tuple[Prediction, Ranked | None]:
     sample = index.by_row(key, where)
     _compare(sample, where, video=record.get("vid"), query=record.get("query"))
-    windows = [span(window, where) for window in sequence(record["timestamp"], where)]
+    windows = [span(window, where) for window in sequence(required(record, "timestamp", where), where)]
     return _prediction(sample, windows[0] if windows else None), None
 
 

@@ -58,8 +58,9 @@ def score(
     """Score predictions against the annotated queries; see the module for the conventions.
 
     `format_rate`: share of sampled completions without a fault. `valid_rate`: without a fault, with at least two
-    anchors and, given `max_anchors`, not more than that. `anchors_mean`: anchors per completion. `refinement_rate`:
-    share of successive anchor pairs whose soft IoU with the best window grew; a tie did not grow; 0 without any pair.
+    anchors and, given `max_anchors`, not more than that. `anchors_mean`: anchors per completion. `anchored_rate`: share
+    of completions with an anchor. `refinement_rate`: share of successive anchor pairs whose soft IoU with the best
+    window grew; a tie did not grow; 0 without any pair.
     `consistency_rate`: share of readable answers that equal the last anchor; an answer without anchors does not.
     `oracle_iou`: mean over all queries of the best sampled answer's IoU, 0 for a query without one.
 
@@ -96,6 +97,7 @@ def score(
         format_rate=over_completions(not p.faults for p in sampled),
         valid_rate=over_completions(_is_valid(p, max_anchors) for p in sampled),
         anchors_mean=_mean([len(p.anchors) for p in sampled]),
+        anchored_rate=_mean([bool(p.anchors) for p in sampled]),
         refinement_rate=_mean([grew for p in sampled for grew in _refinements(p, by_id[p.sample_id])]),
         consistency_rate=_mean([p.anchors[-1:] == (p.answer,) for p in sampled if p.answer is not None]),
         oracle_iou=sum(best.values()) / len(samples),

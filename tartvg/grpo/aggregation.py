@@ -51,3 +51,9 @@ def aggregate(
     """
     total, divisor = _KINDS[kind](values_GT, mask_GT, max_new_tokens)
     return total / (divisor if normaliser is None else normaliser)
+
+
+def divisor(mask_GT: Tensor, kind: Aggregation, max_new_tokens: int) -> float:
+    """What `aggregate` divides by for a whole group: the `normaliser` for the parts of it."""
+    mask_GT = mask_GT.float()
+    return float(_KINDS[kind](mask_GT, mask_GT, max_new_tokens)[1])

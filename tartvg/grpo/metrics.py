@@ -16,9 +16,13 @@ def rollout_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, fl
     are tokens; a rate of nothing (no successive anchors, no answers) is 0.
 
     - anchors/valid_rate: right format and N >= 2 (the paper's format figure); target_rate: right format and N == K
+    - anchors/anchored_rate: share of completions whose reasoning holds an anchor; pairs_mean: successive anchors each
     - anchors/refinement_rate: share of successive anchors whose soft IoU grew (delta_i = +1 of TAR3)
     - anchors/answer_match_rate: share of readable answers that equal the last anchor
     - group/zero_variance_rate: share of groups whose rewards are all equal, which teach nothing
+
+    - rollout/entropy: mean of -log p over all sampled tokens, in nats: an unbiased estimate of the policy's entropy per
+      token at the sampling temperature (with top-p or top-k: of the cross-entropy to the whole distribution)
 
     Source: arXiv 2508.07683, failure signatures.
     """
@@ -38,6 +42,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, fl
         **_anchor_metrics(rollouts, target),
         "group/zero_variance_rate": _rate(min(group) == max(group) for group in totals),
         "group/reward_std_mean": fmean(pstdev(group) for group in totals),
+        "rollout/entropy": -sum(sum(r.completion.logps) for r in rollouts) / max(1, sum(lengths)),
         "rollout/length_mean": fmean(lengths),
         "rollout/length_max": float(max(lengths)),
         "rollout/truncated_rate": _rate(not r.completion.is_finished for r in rollouts),
@@ -52,6 +57,8 @@ def _anchor_metrics(rollouts: Sequence[Rollout], target: int) -> dict[str, float
         "anchors/count_mean": fmean(r.response.num_anchors for r in rollouts),
         "anchors/valid_rate": _rate(count >= 2 for count in well_formed),
         "anchors/target_rate": _rate(count == target for count in well_formed),
+        "anchors/anchored_rate": _rate(r.response.num_anchors > 0 for r in rollouts),
+        "anchors/pairs_mean": fmean(max(0, r.response.num_anchors - 1) for r in rollouts),
         "anchors/refinement_rate": _rate(b > a for r in rollouts for a, b in pairwise(r.reward.anchor_ious)),
         "anchors/answer_match_rate": _rate(
             bool(response.anchors) and Fault.ANSWER_MISMATCH not in response.faults for response in answered

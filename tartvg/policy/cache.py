@@ -148,11 +148,11 @@ ALL_ATTENTION_FUNCTIONS.register(SHARED_PREFIX_ATTENTION, shared_prefix_attentio
 
 
 @contextmanager
-def decoding(language_model: Any) -> Iterator[None]:
-    """Use the shared-prefix attention inside the block."""
+def attending_by(language_model: Any, implementation: str) -> Iterator[None]:
+    """Use a registered attention function inside the block."""
     config = language_model.config
     before = config._attn_implementation
-    config._attn_implementation = SHARED_PREFIX_ATTENTION
+    config._attn_implementation = implementation
     try:
         yield
     finally:

@@ -1,10 +1,10 @@
-"""Vision features, once per video: the tower is frozen, so its output is a function of the file and the settings."""
+"""Vision features, once per video: with a frozen tower they are a function of the file and the settings."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -17,17 +17,23 @@ class VideoFeatures:
     """What the language model needs of one video."""
 
     embeddings: Tensor
-    """(video tokens, hidden size), in the tower's own order."""
+    """(video tokens, hidden size), in the tower's own order; without rows where `patches` is set."""
     grid_thw: tuple[int, int, int]
     seconds_per_grid: float
     duration: float
     """Seconds, measured on the file."""
+    patches: Tensor | None = None
+    """float32 (N, 1176), only for a trainable tower: every pass encodes them anew, as the weights have moved."""
 
 
-def video_key(path: Path, settings: FramesConfig) -> Hashable:
-    """Identity of a file (path, size, time of change) and of every setting that changes its features."""
+def video_key(path: Path, settings: FramesConfig, device: str) -> Hashable:
+    """Identity of a file (path, size, time of change) and of every setting that changes its features.
+
+    The device is one of them: kernels round differently.
+    """
     stat = path.stat()
-    return (str(path.resolve()), stat.st_size, stat.st_mtime_ns, astuple(settings))
+    frames = tuple((name, value) for name, value in asdict(settings).items() if name != "timeout_s")
+    return (str(path.resolve()), stat.st_size, stat.st_mtime_ns, frames, device)
 
 
 class FeatureCache:

@@ -19,6 +19,8 @@ ADAPTER = "default"
 REFERENCE = "reference"
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """Every linear layer of the language model; the vision tower stays as released."""
+TOWER_TARGETS = r".*visual\.blocks\..*\.(qkv|proj|gate_proj|up_proj|down_proj)"
+"""Every linear layer of the tower's blocks, with `policy.lora.vision`."""
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
@@ -70,13 +72,13 @@ def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneratio
 
 
 def new_adapter(model: Any, settings: LoraConfig, seed: int) -> peft.PeftModel:
-    """A fresh LoRA adapter on the language model; it starts as the identity."""
+    """A fresh LoRA adapter on the language model, or on the tower too; it starts as the identity."""
     torch.manual_seed(seed)
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=LORA_TARGETS,
+        target_modules=f"({LORA_TARGETS}|{TOWER_TARGETS})" if settings.vision else LORA_TARGETS,
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, config, adapter_name=ADAPTER)
@@ -93,9 +95,13 @@ def load_adapter(model: Any, folder: Path, *, is_reference_kept: bool) -> peft.P
     return wrapped
 
 
-def save_adapter(model: peft.PeftModel, folder: Path, base: str) -> None:
-    """The trained adapter alone, in PEFT's own format, so that plain `PeftModel.from_pretrained` reads it."""
+def save_adapter(model: peft.PeftModel, folder: Path, base: str, state: dict[str, torch.Tensor] | None = None) -> None:
+    """The trained adapter alone, in PEFT's own format, so that plain `PeftModel.from_pretrained` reads it.
+
+    `state` replaces the model's own weights where training has split them over processes.
+    """
     config = model.peft_config[ADAPTER]
     config.base_model_name_or_path = base
-    model.save_pretrained(str(folder), selected_adapters=[ADAPTER], safe_serialization=True)
+    own: Any = {} if state is None else {"state_dict": state}
+    model.save_pretrained(str(folder), selected_adapters=[ADAPTER], safe_serialization=True, **own)
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card

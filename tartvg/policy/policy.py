@@ -6,7 +6,7 @@ Legend: P prompts, G rollouts per prompt, R = P * G rows, S prompt tokens, T com
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,14 +18,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tartvg.config import PolicyConfig, SamplingConfig
-from tartvg.data.video import Clip, read_clip
-from tartvg.policy.cache import DecodeCache, ExpandedCache, PrefixCache, decoding
+from tartvg.data.clips import ClipReader
+from tartvg.data.video import Clip
+from tartvg.policy.cache import SHARED_PREFIX_ATTENTION, DecodeCache, ExpandedCache, PrefixCache, attending_by
+from tartvg.policy.disk_cache import DiskCache, tower_identity
 from tartvg.policy.features import FeatureCache, VideoFeatures, video_key
 from tartvg.policy.inputs import PromptInputs, clip_patches, encode_prompt
 from tartvg.policy.loading import ADAPTER, REFERENCE, load_adapter, load_base, new_adapter
+from tartvg.policy.packed import packed_states, suffix_mask
 from tartvg.policy.sampling import draw, generators, restrict, uniforms
 from tartvg.timing import PhaseTimer
-from tartvg.types import Completion, Prompt
+from tartvg.types import Completion, GroundingSample, Prompt
 
 NEVER_SAMPLED = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 CAUSAL: dict[str, Tensor | None] = {"full_attention": None}
@@ -53,9 +56,9 @@ class TokenBatch:
     """float32 (G, T), recorded while sampling; 0 on padding."""
 
 
-def token_batch(completions: Sequence[Completion], device: torch.device) -> TokenBatch:
-    """Pad the completions of a group to the longest one."""
-    longest = max(1, max(len(c.token_ids) for c in completions))
+def token_batch(completions: Sequence[Completion], device: torch.device, at_least: int = 1) -> TokenBatch:
+    """Pad the completions of a group to the longest one, and to `at_least` tokens."""
+    longest = max(at_least, max(len(c.token_ids) for c in completions))
     ids = torch.zeros(len(completions), longest, dtype=torch.long)
     mask = torch.zeros(len(completions), longest, dtype=torch.bool)
     logps = torch.zeros(len(completions), longest)
@@ -91,10 +94,12 @@ class Policy(torch.nn.Module):
         )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError("the policy has no trainable parameter: the adapter was loaded frozen")
-        self.cache = FeatureCache(settings.feature_cache_mb)
-        self.timer = PhaseTimer()
         core: Any = self.model.get_base_model()
         self._core: list[Any] = [core]  # in a list: a module must not be registered twice
+        self.cache = FeatureCache(settings.feature_cache_mb)
+        self.disk = self._disk_cache()
+        self.clips = ClipReader()
+        self.timer = PhaseTimer()
         banned = [self.tokenizer.convert_tokens_to_ids(t) for t in NEVER_SAMPLED]
         self.banned = [b for b in banned if b is not None and b != self.tokenizer.unk_token_id]
         self.end_id = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
@@ -128,27 +133,63 @@ class Policy(torch.nn.Module):
 
     @torch.no_grad()
     def _video(self, path: Path, clip: Clip | None) -> VideoFeatures:
-        key = video_key(path, self.settings.frames) if path.is_file() else None
-        known = self.cache.get(key)
+        is_trainable = self.is_tower_trainable
+        has_key = path.is_file() and not is_trainable
+        key = video_key(path, self.settings.frames, self.device.type) if has_key else None
+        known = self._known(key)
         if known is not None:
             return known
         if clip is None:
             with self.timer("decode"):
-                clip = read_clip(path, self.settings.frames)
+                clip = self.clips.read(path, self.settings.frames)
         with self.timer("vision"):
-            clip_input = clip_patches(clip)
-            grid = torch.tensor([clip_input.grid_thw], device=self.device)
-            out = self.core.model.get_video_features(clip_input.patches.to(self.device), grid)
-            embeddings = torch.cat(tuple(out.pooler_output)).detach()
-        features = VideoFeatures(embeddings, clip_input.grid_thw, clip_input.seconds_per_grid, clip.duration)
+            video = clip_patches(clip)
+            facts = (video.grid_thw, video.seconds_per_grid, clip.duration)
+            if is_trainable:
+                return VideoFeatures(torch.empty(0, device=self.device), *facts, patches=video.patches)
+            features = VideoFeatures(self._encode(video.patches, video.grid_thw).detach(), *facts)
         if key is not None:
             self.cache.put(key, features)
+            if self.disk is not None:
+                self.disk.put(key, features)
         return features
+
+    def _known(self, key: Hashable) -> VideoFeatures | None:
+        """Features from RAM, else from disk; None without a key."""
+        known = self.cache.get(key)
+        if known is None and key is not None and self.disk is not None:
+            known = self.disk.get(key)
+            if known is not None:
+                known = replace(known, embeddings=known.embeddings.to(self.device))
+                self.cache.put(key, known)
+        return known
+
+    def _disk_cache(self) -> DiskCache | None:
+        settings = self.settings
+        if self.is_tower_trainable:
+            print("policy.lora.vision: the vision tower is trained, so its features are not cached")
+            return None
+        if settings.feature_cache_dir is None:
+            return None
+        tower = tower_identity(self.core.model.visual, settings.attention)
+        return DiskCache(Path(settings.feature_cache_dir), settings.feature_cache_dir_mb, tower)
+
+    @property
+    def is_tower_trainable(self) -> bool:
+        """Whether an update changes what the vision tower sees."""
+        return any(p.requires_grad for p in self.core.model.visual.parameters())
+
+    def _encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
+        """One pass of the vision tower: (N, 1176) -> (video tokens, hidden)."""
+        grid = torch.tensor([grid_thw], device=self.device)
+        return torch.cat(tuple(self.core.model.get_video_features(patches.to(self.device), grid).pooler_output))
 
     def _embed_prompt(self, prepared: PreparedPrompt) -> Tensor:
         ids, is_video = prepared.inputs.ids.to(self.device), prepared.inputs.is_video.to(self.device)
+        video = prepared.video
+        seen = video.embeddings if video.patches is None else self._encode(video.patches, video.grid_thw)
         embeddings = self.language_model.embed_tokens(ids).clone()
-        embeddings[is_video] = prepared.video.embeddings.to(embeddings)
+        embeddings[is_video] = seen.to(embeddings)
         return embeddings[None]
 
     def _prefill(self, prepared: PreparedPrompt) -> tuple[PrefixCache, Tensor]:
@@ -178,7 +219,7 @@ class Policy(torch.nn.Module):
             hidden = torch.cat([h for _, h in filled]).repeat_interleave(group_size, dim=0)
             cache = DecodeCache([c for c, _ in filled], group_size, settings.max_new_tokens)
             del filled
-            with decoding(self.language_model):
+            with attending_by(self.language_model, SHARED_PREFIX_ATTENTION):
                 return self._decode(prompts, cache, hidden, group_size, settings, seeds)
 
     def _decode(
@@ -245,43 +286,70 @@ class Policy(torch.nn.Module):
 
     # -- log-probabilities -------------------------------------------------------------------------------------------
 
-    def logps(self, prepared: PreparedPrompt, tokens: TokenBatch, temperature: float = 1.0) -> Tensor:
+    def logps(
+        self, prepared: PreparedPrompt, tokens: TokenBatch, temperature: float = 1.0, num_chunks: int = 0
+    ) -> Tensor:
         """log-probabilities of the completions of one prompt: float32 (G, T), 0 on padding.
 
         With `policy.shared_prefix` the prompt runs once, with gradient, and the G completions run as one batch on
-        top; else the whole sequence runs G times, which gives the same numbers slowly.
+        top; else the whole sequence runs G times, which gives the same numbers slowly. `policy.memory_saving` is a
+        third way to them (`tartvg.policy.packed`).
+
+        `num_chunks` > 0 is for ZeRO-3: the head is called at least so often, without work where there is none, as all
+        processes must call it equally often; and it is repeated in a backward pass of its own, as autograd's saved
+        tensors would hold weights that are released by then.
         """
-        hidden = self._shared_states(prepared, tokens) if self.settings.shared_prefix else self._naive(prepared, tokens)
-        states, ids = hidden[tokens.mask], tokens.ids[tokens.mask]
-        parts = []
-        for chunk, target in zip(
-            states.split(self.settings.logit_chunk), ids.split(self.settings.logit_chunk), strict=True
-        ):
+        states, ids = self._states(prepared, tokens, num_chunks > 0)[tokens.mask], tokens.ids[tokens.mask]
+        parts, size = [], self.settings.logit_chunk
+        chunks = list(zip(states.split(size), ids.split(size), strict=True))
+        chunks += [(states[:0], ids[:0])] * (num_chunks - len(chunks))
+        for chunk, target in chunks:
             if torch.is_grad_enabled():
                 # logits of a chunk are made again in the backward pass instead of being kept
-                parts.append(checkpoint(self._chunk_logps, chunk, target, temperature, use_reentrant=False))
+                parts.append(checkpoint(self._chunk_logps, chunk, target, temperature, use_reentrant=num_chunks > 0))
             else:
                 parts.append(self._chunk_logps(chunk, target, temperature))
         return torch.zeros(tokens.mask.shape, device=states.device).masked_scatter(tokens.mask, torch.cat(parts))
 
+    def num_chunks(self, tokens: TokenBatch) -> int:
+        """How often `logps` calls the head."""
+        return max(1, -(-int(tokens.mask.sum()) // self.settings.logit_chunk))
+
+    def idle(self, num_chunks: int = 0) -> Tensor:
+        """0, by way of every module that `logps` uses: a process without work keeps step with the others."""
+        ids = torch.full((1, 2), self.end_id, device=self.device)
+        width = self.language_model.config.hidden_size
+        video = VideoFeatures(torch.zeros(0, width, device=self.device), (0, 0, 0), 0.0, 0.0)
+        sample = GroundingSample("", Path(), "", (), 0.0, "train")
+        inputs = PromptInputs(ids[0], torch.arange(2, device=self.device).expand(3, -1), ids[0] != self.end_id)
+        tokens = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, 2, device=self.device))
+        return 0.0 * self.logps(PreparedPrompt(Prompt(sample, ""), inputs, video), tokens, num_chunks=num_chunks).sum()
+
     def _chunk_logps(self, states: Tensor, ids: Tensor, temperature: float) -> Tensor:
         return (self._logits(states) / temperature).log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0]
 
-    def _shared_states(self, prepared: PreparedPrompt, tokens: TokenBatch) -> Tensor:
+    def _states(self, prepared: PreparedPrompt, tokens: TokenBatch, is_split: bool = False) -> Tensor:
         """Hidden states that predict each completion token: (G, T, hidden)."""
-        prefix, last = self._prefill(prepared)
+        if not self.settings.shared_prefix:
+            return self._naive(prepared, tokens)
         group, length = tokens.ids.shape
+        rows = self.language_model.embed_tokens(tokens.ids[:, :-1])
+        steps = prepared.inputs.next_position + torch.arange(length - 1, device=self.device)
+        if self.settings.memory_saving:
+            prompt, positions = self._embed_prompt(prepared), prepared.inputs.positions.to(self.device)
+            name = self.settings.attention
+            last, states = packed_states(self.language_model, prompt, positions, rows, steps, name, is_split)
+            return torch.cat([last.expand(group, -1, -1), states], dim=1)
+        prefix, last = self._prefill(prepared)
         last = last.expand(group, -1, -1)
         if length == 1:
             return last
-        new, before = length - 1, prepared.inputs.length
-        causal = torch.ones(new, new, dtype=torch.bool, device=self.device).tril()
-        mask = torch.cat([causal.new_ones(new, before), causal], dim=1)[None, None]
-        steps = prepared.inputs.next_position + torch.arange(new, device=self.device)
         out = self.language_model(
-            inputs_embeds=self.language_model.embed_tokens(tokens.ids[:, :-1]),
+            inputs_embeds=rows,
             position_ids=steps.expand(3, group, -1),
-            attention_mask={"full_attention": mask},
+            attention_mask={
+                "full_attention": suffix_mask(prepared.inputs.length, length - 1, self.settings.attention, self.device)
+            },
             past_key_values=ExpandedCache(prefix),
             use_cache=True,
         )
@@ -330,8 +398,3 @@ def eval_mode(policy: Policy) -> Iterator[None]:
         yield
     finally:
         policy.train(was_training)
-
-
-def greedy(settings: SamplingConfig) -> SamplingConfig:
-    """The same limits, without randomness."""
-    return replace(settings, temperature=0.0, top_p=1.0, top_k=0)

@@ -6,6 +6,7 @@ Legend: P prompts, G rollouts per prompt, R = P * G rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,3 +55,8 @@ def generators(seeds: Sequence[int]) -> list[torch.Generator]:
 def uniforms(streams: Sequence[torch.Generator], group_size: int) -> Tensor:
     """The next number of every row: float64 (P * G,)."""
     return torch.cat([torch.rand(group_size, generator=s, dtype=torch.float64) for s in streams])
+
+
+def greedy(settings: SamplingConfig) -> SamplingConfig:
+    """The same limits, without randomness."""
+    return replace(settings, temperature=0.0, top_p=1.0, top_k=0)

@@ -1,12 +1,14 @@
-"""Tables over several runs, as Markdown: `python -m tartvg.report runs/default/seed=0 runs/default/seed=1`."""
+"""Tables over several runs or one sweep, as Markdown: `python -m tartvg.report runs/anchors` or `... runs/a runs/b`."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from tartvg.report.cells import is_sweep, read_sweep_folder
+from tartvg.report.compare import budget_table, comparison_table, differences, reference_of, significance_table
 from tartvg.report.seeds import tables
-from tartvg.report.tables import to_markdown
+from tartvg.report.tables import Table, to_markdown
 
 
 def main(arguments: list[str]) -> int:
@@ -14,13 +16,22 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print(__doc__, file=sys.stderr)
         return 2
+    folders = [Path(a) for a in arguments]
     try:
-        for table in tables([Path(a) for a in arguments]):
-            print(to_markdown(table) + "\n")
+        found = _of_sweep(folders[0]) if len(folders) == 1 and is_sweep(folders[0]) else tables(folders)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    for table in found:
+        print(to_markdown(table) + "\n")
     return 0
+
+
+def _of_sweep(folder: Path) -> list[Table]:
+    """Without the data set there is no test by video; stage=report makes it."""
+    comparison = read_sweep_folder(folder)
+    tested = significance_table(differences(comparison, reference_of(comparison), {}))
+    return [comparison_table(comparison), *([tested] if tested else []), budget_table(comparison)]
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
@@ -13,7 +13,9 @@ from matplotlib.ticker import MaxNLocator
 
 from tartvg.evaluation.score import answer_iou
 from tartvg.report.strips import Lane, contact_row, lane_text, lanes_of
-from tartvg.types import GroundingSample, Prediction, Rollout, RolloutGroup, Span
+from tartvg.response import parse_response
+from tartvg.rewards import Rubric
+from tartvg.types import GroundingSample, Prediction, RewardBreakdown, Rollout, RolloutGroup, Span
 
 MAX_CHARACTERS = 4000
 """Longer completions are cut in the page; rollouts.jsonl and predictions.jsonl hold them whole."""
@@ -65,17 +67,51 @@ def choose_cases(
     ]
 
 
-def case_html(case: Case, names: tuple[str, str], samples_by_id: Mapping[str, GroundingSample]) -> str:
-    """One card: query, film strip with both policies' anchors and answers, both texts. Damaged videos show why."""
+def choose_extremes(
+    before: Sequence[Prediction],
+    after: Sequence[Prediction],
+    samples_by_id: Mapping[str, GroundingSample],
+    num_each: int = 2,
+) -> list[Case]:
+    """The greedy answers of `after` that gained most and lost most against `before`, and its best and worst ones.
+
+    No query twice; a kind that has no further query gets fewer. The choice is a function of the predictions alone.
+    """
+    cases = choose_cases(before, after, samples_by_id, num_each=len(after))
+    cases.sort(key=lambda c: c.after.sample_id)
+    chosen: list[Case] = []
+
+    def take(kind: str, rank: Callable[[Case], float], is_wanted: Callable[[Case], bool]) -> None:
+        taken = {c.after.sample_id for c in chosen}
+        left = sorted((c for c in cases if c.after.sample_id not in taken and is_wanted(c)), key=rank, reverse=True)
+        chosen.extend(replace(c, kind=kind) for c in left[:num_each])
+
+    take("gained most", lambda c: c.iou_after - c.iou_before, lambda c: c.iou_after > c.iou_before)
+    take("lost most", lambda c: c.iou_before - c.iou_after, lambda c: c.iou_after < c.iou_before)
+    take("best", lambda c: c.iou_after, lambda c: True)
+    take("worst", lambda c: -c.iou_after, lambda c: True)
+    return chosen
+
+
+def case_html(
+    case: Case,
+    names: tuple[str, str],
+    samples_by_id: Mapping[str, GroundingSample],
+    rubrics: tuple[Rubric | None, Rubric | None] = (None, None),
+) -> str:
+    """One card: query, film strip with both policies' anchors and answers, both texts. Damaged videos show why.
+
+    With `rubrics` each text is followed by the reward terms that its own run gives it.
+    """
     after, sample = case.after, samples_by_id.get(case.after.sample_id)
     length = sample.duration if sample else after.duration
     lanes = [Lane("truth", "truth", case.windows)]
     change = f"IoU {case.iou_after:.2f} ({names[1]})"
-    texts = [said_html(names[1], after.text)]
+    texts = [said_html(names[1], after.text, _terms_of(after.text, sample, rubrics[1]))]
     if case.before is not None:
         lanes += lanes_of(case.before.anchors, case.before.answer, f"{names[0]}: ")
         change = f"IoU {case.iou_before:.2f} ({names[0]}) → {case.iou_after:.2f} ({names[1]})"
-        texts.insert(0, said_html(names[0], case.before.text))
+        texts.insert(0, said_html(names[0], case.before.text, _terms_of(case.before.text, sample, rubrics[0])))
     lanes += lanes_of(after.anchors, after.answer, f"{names[1]}: ")
     return (
         f'<article class="card"><p class="kind">{escape(case.kind)}</p><h3>{escape(after.query)}</h3>'
@@ -123,11 +159,11 @@ def _lane_html(lane: Lane, duration: float) -> str:
     )
 
 
-def said_html(name: str, text: str) -> str:
-    """A completion, escaped, with its anchors and its answer marked."""
+def said_html(name: str, text: str, terms: str = "") -> str:
+    """A completion, escaped, with its anchors and its answer marked; `terms` is HTML to put under it."""
     cut = text[:MAX_CHARACTERS]
     more = f'<p class="note">… {len(text) - len(cut):,} more characters</p>' if len(cut) < len(text) else ""
-    return f'<div class="said"><h4>{escape(name)}</h4><p class="text">{marked(cut) or "(empty)"}</p>{more}</div>'
+    return f'<div class="said"><h4>{escape(name)}</h4><p class="text">{marked(cut) or "(empty)"}</p>{more}{terms}</div>'
 
 
 def marked(text: str) -> str:
@@ -151,20 +187,30 @@ def rollouts_html(groups: Sequence[RolloutGroup]) -> str:
     return "".join(_rollout_html(rank, *pair) for rank, pair in chosen)
 
 
-def _rollout_html(rank: str, group: RolloutGroup, rollout: Rollout) -> str:
-    reward = rollout.reward
+def terms_html(reward: RewardBreakdown) -> str:
+    """Every term of a reward, before its weight, and the weighted total."""
     terms = [
         *(("total", reward.total), ("format", reward.format), ("answer IoU", reward.iou)),
         *(("TAR1", reward.tar1), ("TAR2", reward.tar2), ("TAR3", reward.tar3)),
         *((f"anchor {i} IoU", value) for i, value in enumerate(reward.anchor_ious, start=1)),
     ]
     listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{value:.2f}</dd></div>" for name, value in terms)
+    return f'<dl class="terms">{listed}</dl>'
+
+
+def _terms_of(text: str, sample: GroundingSample | None, rubric: Rubric | None) -> str:
+    if rubric is None or sample is None or not sample.windows:
+        return ""
+    return terms_html(rubric.judge(parse_response(text), sample))
+
+
+def _rollout_html(rank: str, group: RolloutGroup, rollout: Rollout) -> str:
     truth = ", ".join(f"{w} s" for w in group.prompt.sample.windows)
     faults = ", ".join(f.value for f in rollout.response.faults)
     return (
         f'<article class="card"><p class="kind">step {group.step}, {rank}</p>'
         f"<h3>{escape(group.prompt.sample.query)}</h3>"
         f'<p class="meta">truth {escape(truth)}{escape(f"; faults: {faults}" if faults else "")}</p>'
-        f'<dl class="terms">{listed}</dl>'
+        f"{terms_html(rollout.reward)}"
         f'<p class="text">{marked(rollout.completion.text[:MAX_CHARACTERS]) or "(empty)"}</p></article>'
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -64,7 +65,7 @@ def draw_panels(metrics: Mapping[str, Metrics]) -> tuple[list[Panel], list[str]]
     """The panels that have data, and the titles of those that have none."""
     drawn, absent = [], []
     for spec in PANELS:
-        series = {stage: _series(metrics.get(stage, []), spec.key) for stage in spec.stages}
+        series = {stage: series_of(metrics.get(stage, []), spec.key) for stage in spec.stages}
         series = {stage: points for stage, points in series.items() if points}
         if series:
             drawn.append(Panel(spec.title, _draw(spec, series), _describe(spec, series)))
@@ -82,7 +83,8 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def _series(lines: Metrics, key: str) -> list[tuple[float, float]]:
+def series_of(lines: Metrics, key: str) -> list[tuple[float, float]]:
+    """(step, value) of one metric where both are known."""
     points = [(line.get(STEP), line.get(key)) for line in lines]
     return [(step, value) for step, value in points if step is not None and value is not None]
 
@@ -103,7 +105,7 @@ def _draw(spec: PanelSpec, series: Mapping[str, Sequence[tuple[float, float]]]) 
     # Text stays text: small, selectable, in the page's own font. The salt keeps ids of inline panels apart.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.family": "sans-serif"}):
         figure = Figure(figsize=SIZE_INCHES, layout="constrained")
-        axes = figure.add_subplot()
+        axes = dressed_axes(figure, spec.is_share)
         for stage, points in series.items():
             colour, style = STYLES[stage]
             steps, values = [p[0] for p in points], [p[1] * (100 if spec.is_share else 1) for p in points]
@@ -112,21 +114,28 @@ def _draw(spec: PanelSpec, series: Mapping[str, Sequence[tuple[float, float]]]) 
                 values = running_mean(values, max(3, len(points) // 12))
             marker = "o" if len(points) <= 2 else None
             axes.plot(steps, values, color=colour, linestyle=style, linewidth=2.0, marker=marker, label=stage)
-        axes.set_xlabel("optimiser step of the stage", color="#444", fontsize=10.5)
-        if spec.is_share:
-            axes.set_ylim(-3, 103)
-            axes.set_ylabel("%", color="#444", fontsize=10.5)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.grid(axis="y", color="#e2e2e2", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#999")
-        axes.tick_params(colors="#444", labelsize=10)
         axes.legend(frameon=False, fontsize=10.5, handlelength=2.4)
-        return _inline_svg(figure, f"p{salt[:6]}", _describe(spec, series))
+        return inline_svg(figure, f"p{salt[:6]}", _describe(spec, series))
 
 
-def _inline_svg(figure: Figure, prefix: str, description: str) -> str:
+def dressed_axes(figure: Figure, is_share: bool) -> Axes:
+    """Axes over optimiser steps in the page's look; shares are percent."""
+    axes = figure.add_subplot()
+    axes.set_xlabel("optimiser step of the stage", color="#444", fontsize=10.5)
+    if is_share:
+        axes.set_ylim(-3, 103)
+        axes.set_ylabel("%", color="#444", fontsize=10.5)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(axis="y", color="#e2e2e2", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#999")
+    axes.tick_params(colors="#444", labelsize=10)
+    return axes
+
+
+def inline_svg(figure: Figure, prefix: str, description: str) -> str:
+    """The figure as an `<svg>` element for a page: named for screen readers, ids of its own, no network address."""
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
     svg = buffer.getvalue()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from tartvg.evaluation.score import paired_p_value
 from tartvg.records import write_atomic
+from tartvg.report.alarms import alarms_table
 from tartvg.report.cards import case_html, choose_cases, rollouts_html
 from tartvg.report.curves import draw_panels
+from tartvg.report.faithfulness import controls_table
 from tartvg.report.runs import TARGETS, RunFolder, first_and_last_groups, read_run
 from tartvg.report.strips import ANCHOR_COLOUR, ANSWER_COLOUR, TRUTH_COLOUR
 from tartvg.report.style import CSS
@@ -19,24 +21,32 @@ from tartvg.report.tables import (
     paper_tables,
     percent,
     seconds_table,
-    stage_table_of,
+    stage_table,
     to_html,
 )
 from tartvg.types import GroundingSample, Scorecard
 
 MIN_TESTED_VIDEOS = 6
+NO_PAGES: Mapping[str, str] = {}
 
 
-def build_report(run_dir: Path, samples_by_id: Mapping[str, GroundingSample], output: Path) -> Path:
+def build_report(
+    run_dir: Path,
+    samples_by_id: Mapping[str, GroundingSample],
+    output: Path,
+    pages: Mapping[str, str] = NO_PAGES,
+) -> Path:
     """Write the page about `run_dir` to the file `output` and return it.
 
-    `samples_by_id` are the evaluated samples: they give the truth and the video files of the film strips. What the
-    run folder lacks is left out and named at the end of the page. Raises ValueError for a folder that does not exist
-    and for damaged files; a damaged video only loses its frames.
+    `samples_by_id` are the evaluated samples: they give the truth and the video files of the film strips. `pages` are
+    further pages to link to. What the run folder lacks is left out and named at the end of the page. Raises
+    ValueError for a folder that does not exist and for damaged files; a damaged video only loses its frames.
     """
     run = read_run(run_dir)
     sections = [
         ("scores", "Scores", _scores(run)),
+        ("faithfulness", "Faithfulness", _table(controls_table(run.path))),
+        ("alarms", "Alarms", _table(alarms_table(run.path))),
         ("curves", "Training curves", _curves(run)),
         ("filter", "Filter", _filter(run)),
         ("time", "Time", _time(run)),
@@ -45,19 +55,31 @@ def build_report(run_dir: Path, samples_by_id: Mapping[str, GroundingSample], ou
         ("config", "Configuration", _config(run)),
         ("missing", "Missing", _missing(run)),
     ]
-    shown = [(anchor, title, body) for anchor, title, body in sections if body]
-    links = "".join(f'<li><a href="#{anchor}">{escape(title)}</a></li>' for anchor, title, _ in shown)
-    body = "".join(f'<section id="{anchor}"><h2>{escape(title)}</h2>{body}</section>' for anchor, title, body in shown)
     title = f"TAR-TVG run: {run.path.resolve().name}"
-    page = (
+    write_atomic(output, html_page(title, f"{_lead(run, samples_by_id)}{page_links(pages)}", sections))
+    return output
+
+
+def html_page(title: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> str:
+    """A whole page: `lead` and the sections (anchor, title, body) are HTML; sections without a body are left out."""
+    shown = [(anchor, name, body) for anchor, name, body in sections if body]
+    links = "".join(f'<li><a href="#{anchor}">{escape(name)}</a></li>' for anchor, name, _ in shown)
+    body = "".join(f'<section id="{anchor}"><h2>{escape(name)}</h2>{body}</section>' for anchor, name, body in shown)
+    return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{CSS}</style></head><body>"
-        f"<header><h1>{escape(title)}</h1>{_lead(run, samples_by_id)}"
+        f"<header><h1>{escape(title)}</h1>{lead}"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main></body></html>\n'
     )
-    write_atomic(output, page)
-    return output
+
+
+def page_links(pages: Mapping[str, str]) -> str:
+    """Links to further pages beside this one: address, relative to it, by name."""
+    if not pages:
+        return ""
+    items = "".join(f'<li><a href="{escape(address)}">{escape(name)}</a></li>' for name, address in pages.items())
+    return f'<nav aria-label="Further pages"><ul>{items}</ul></nav>'
 
 
 def _ends(run: RunFolder) -> tuple[str | None, str | None]:
@@ -119,7 +141,7 @@ def _scores(run: RunFolder) -> str:
     papers = "".join(f"<div>{to_html(_without_note(table))}</div>" for table in paper_tables())
     note = paper_tables()[0].note
     return (
-        f"{to_html(stage_table_of(run.scores))}"
+        f"{to_html(stage_table(run.scores))}"
         f'<aside class="paper" aria-label="The paper\'s own numbers"><div class="side">{papers}</div>'
         f'<p class="note">{escape(note)}</p></aside>'
     )
@@ -136,6 +158,10 @@ def _curves(run: RunFolder) -> str:
     figures = "".join(f"<figure><figcaption>{escape(p.title)}</figcaption>{p.svg}</figure>" for p in panels)
     note = f'<p class="note">No data for: {escape("; ".join(absent))}.</p>' if absent else ""
     return f'<div class="panels">{figures}</div>{note}'
+
+
+def _table(table: Table | None) -> str:
+    return to_html(table) if table else ""
 
 
 def _filter(run: RunFolder) -> str:
@@ -158,12 +184,17 @@ def _examples(run: RunFolder, samples_by_id: Mapping[str, GroundingSample]) -> s
     if not cases:
         return ""
     cards = "".join(case_html(case, (first or "", last), samples_by_id) for case in cases)
-    keys = [(TRUTH_COLOUR, "truth"), (ANCHOR_COLOUR, "anchors, in order"), (ANSWER_COLOUR, "answer")]
-    key = "".join(f'<li><i style="background:{colour}"></i>{escape(name)}</li>' for colour, name in keys)
     return (
         "<p>Greedy answers, chosen by rule and not by hand: the largest improvements, the median, the largest losses. "
-        f'Each frame stands for its part of the time axis.</p><ul class="key">{key}</ul>{cards}'
+        f"Each frame stands for its part of the time axis.</p>{key_html()}{cards}"
     )
+
+
+def key_html() -> str:
+    """What the colours of the film strips mean."""
+    keys = [(TRUTH_COLOUR, "truth"), (ANCHOR_COLOUR, "anchors, in order"), (ANSWER_COLOUR, "answer")]
+    items = "".join(f'<li><i style="background:{colour}"></i>{escape(name)}</li>' for colour, name in keys)
+    return f'<ul class="key">{items}</ul>'
 
 
 def _rollouts(run: RunFolder) -> str:

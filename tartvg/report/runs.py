@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from tartvg.evaluation.score import scorecard_from_json
 from tartvg.records import group_from_json, prediction_from_json, read_jsonl
@@ -15,7 +20,8 @@ from tartvg.types import Prediction, RolloutGroup, Scorecard
 TARGETS = ("base", "grpo1", "sft", "grpo2")
 """Policies in the order in which the method makes them."""
 TRAINING_STAGES = ("grpo1", "sft", "grpo2")
-ALL_STAGES = ("grpo1", "filter", "sft", "grpo2", "evaluate")
+LOGGED_STAGES = ("rollouts", *TRAINING_STAGES)
+ALL_STAGES = ("rollouts", "grpo1", "filter", "sft", "grpo2", "evaluate")
 TAIL_BYTES = 8 * 1024 * 1024
 MAX_GROUPS = 64
 
@@ -37,7 +43,7 @@ class RunFolder:
 
     path: Path
     config: str | None
-    """config.yaml as text."""
+    """config.yaml as text: the run's own, else that of its last stage."""
     metrics: dict[str, Metrics]
     scores: dict[str, Scorecard]
     predictions: dict[str, list[Prediction]]
@@ -52,7 +58,7 @@ def read_run(run_dir: Path) -> RunFolder:
     """Raises ValueError if the folder does not exist or a file in it is damaged, naming the file."""
     if not run_dir.is_dir():
         raise ValueError(f"there is no run folder {run_dir}")
-    config = run_dir / "config.yaml"
+    config = _config_file(run_dir)
     scores = read_scores(run_dir)
     predictions = {
         target: [prediction_from_json(v) for v in read_jsonl(path, is_partial_allowed=True)]
@@ -60,17 +66,19 @@ def read_run(run_dir: Path) -> RunFolder:
     }
     metrics = {
         stage: list(read_jsonl(run_dir / stage / "metrics.jsonl", is_partial_allowed=True))
-        for stage in TRAINING_STAGES
+        for stage in LOGGED_STAGES
         if (run_dir / stage / "metrics.jsonl").exists()
     }
     summary = _read_json(run_dir / "filter" / "summary.json")
     manifests = {
-        stage: value for stage in ALL_STAGES if (value := _read_json(run_dir / stage / "manifest.json")) is not None
+        stage: value
+        for stage in (*ALL_STAGES, *(f"evaluate/{target}" for target, _ in _of_targets(run_dir, "manifest.json")))
+        if (value := _read_json(run_dir / stage / "manifest.json")) is not None
     }
-    rollouts = {stage: run_dir / stage / "rollouts.jsonl" for stage in TRAINING_STAGES}
+    rollouts = {stage: run_dir / stage / "rollouts.jsonl" for stage in LOGGED_STAGES}
     return RunFolder(
         path=run_dir,
-        config=config.read_text(encoding="utf-8") if config.exists() else None,
+        config=config.read_text(encoding="utf-8") if config else None,
         metrics=metrics,
         scores=scores,
         predictions=predictions,
@@ -79,7 +87,7 @@ def read_run(run_dir: Path) -> RunFolder:
         else FilterSummary(summary["num_rollouts"], summary["num_kept"], summary["rejected"]),
         manifests=manifests,
         rollouts={stage: path for stage, path in rollouts.items() if path.exists()},
-        missing=tuple(_missing(run_dir)),
+        missing=tuple(_missing(run_dir, config)),
     )
 
 
@@ -141,9 +149,27 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _missing(run_dir: Path) -> Iterator[str]:
-    expected = ["config.yaml", "filter/summary.json"]
-    expected += [f"{stage}/metrics.jsonl" for stage in TRAINING_STAGES]
-    expected += [f"{stage}/rollouts.jsonl" for stage in ("grpo1", "grpo2")]
-    expected += [f"evaluate/{target}/{name}" for target in TARGETS for name in ("scores.json", "predictions.jsonl")]
+def _config_file(run_dir: Path) -> Path | None:
+    """Every stage keeps the settings that it ran with; the last one knows most."""
+    stages = [run_dir / stage for stage in ALL_STAGES] + sorted(run_dir.glob("evaluate/*"))
+    found = [run_dir / "config.yaml", *(folder / "config.yaml" for folder in reversed(stages))]
+    return next((path for path in found if path.is_file()), None)
+
+
+def _missing(run_dir: Path, config: Path | None) -> Iterator[str]:
+    """What the run was to give and has not given; without its settings, what the paper's order gives."""
+    settings: Any = {}
+    if config is not None:
+        with suppress(ValueError, OmegaConfBaseException, YAMLError):
+            settings = OmegaConf.load(config)
+    sequence, targets = OmegaConf.select(settings, "stage.sequence") if settings else None, TARGETS
+    stages = {str(s) for s in sequence} if sequence else set(ALL_STAGES)
+    if sequence:
+        targets = tuple(OmegaConf.select(settings, "evaluate.targets") or TARGETS)
+    expected = [] if config else ["config.yaml"]
+    expected += ["filter/summary.json"] if "filter" in stages else []
+    expected += [f"{stage}/metrics.jsonl" for stage in TRAINING_STAGES if stage in stages]
+    expected += [f"{stage}/rollouts.jsonl" for stage in ("grpo1", "grpo2") if stage in stages]
+    if "evaluate" in stages:
+        expected += [f"evaluate/{target}/{name}" for target in targets for name in ("scores.json", "predictions.jsonl")]
     yield from (name for name in expected if not (run_dir / name).exists())

@@ -48,6 +48,12 @@ tbody th { font-weight: 600; }
 .share + b { display: inline-block; min-width: 4.2rem; font-weight: 400; }
 .share span { display: block; height: 100%; background: var(--anchor); }
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem 3rem; }
+.note + .scroll { margin-top: 1.8rem; }
+.said .terms { margin: .6rem 0 0; }
+.theirs { background: var(--wash); color: var(--soft); font-style: italic; }
+th.note + .scroll { margin-top: 1.8rem; }
+.said .terms { margin: .6rem 0 0; }
+.theirs { font-style: normal; }
 .paper { background: var(--wash); padding: 1.1rem 1.2rem .9rem; margin-top: 1.8rem; }
 .paper th:first-child { background: var(--wash); }
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import rich.box
 import rich.table
 
-from tartvg.report.runs import TARGETS, TRAINING_STAGES, FilterSummary, Metrics, read_scores
+from tartvg.report.runs import TARGETS, TRAINING_STAGES, FilterSummary, Metrics
 from tartvg.types import Estimate, Scorecard
 
 DASH = "–"  # noqa: RUF001 - a typographic dash for "no value"
 THRESHOLDS = (0.3, 0.5, 0.7)
+PAPER_COLUMN = "paper: "
+"""How the name of a column of the paper's own numbers begins, in every format."""
+_PAPER_CLASS = ' class="theirs"'
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Cell:
     """The 95 % interval, shown smaller."""
     share: float | None = None
     """In [0, 1]: drawn as a bar in HTML."""
+    is_paper: bool = False
+    """A number of the paper's, not of a run: set apart in HTML."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,10 @@ def to_markdown(table: Table) -> str:
 
 def to_html(table: Table) -> str:
     """An accessible table (caption, scoped headers) in a box that scrolls on its own; everything is escaped."""
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in table.columns)
+    head = "".join(
+        f'<th scope="col"{_PAPER_CLASS if column.startswith(PAPER_COLUMN) else ""}>{escape(column)}</th>'
+        for column in table.columns
+    )
     rows = "".join(
         f'<tr><th scope="row">{escape(row[0].text)}</th>{"".join(_td(c) for c in row[1:])}</tr>' for row in table.rows
     )
@@ -85,7 +92,7 @@ def _td(cell: Cell) -> str:
     if cell.share is not None:
         width = 100 * min(max(cell.share, 0.0), 1.0)
         text = f'<span class="share"><span style="width:{width:.1f}%"></span></span><b>{text}</b>'
-    return f"<td>{text}{interval}</td>"
+    return f"<td{_PAPER_CLASS if cell.is_paper else ''}>{text}{interval}</td>"
 
 
 def percent(value: float) -> str:
@@ -97,16 +104,20 @@ def _estimate(estimate: Estimate) -> Cell:
     return Cell(percent(estimate.value), f"[{percent(estimate.low)}, {percent(estimate.high)}]")
 
 
-def stage_table(run_dir: Path) -> Table:
-    """One row per policy of the method, in its order, from `<run_dir>/evaluate/*/scores.json`; for the terminal."""
-    return stage_table_of(read_scores(run_dir))
-
-
-def stage_table_of(scores: Mapping[str, Scorecard]) -> Table:
-    """Shares and IoUs in percent. A policy of the method without scores gets a row of dashes."""
+def stage_table(scores: Mapping[str, Scorecard]) -> Table:
+    """One row per policy of the method, in its order; shares and IoUs in percent, dashes for one without scores."""
     thresholds = sorted({t for card in scores.values() for t in card.recall}) or list(THRESHOLDS)
     columns = (
-        *("Policy", "Format", "Valid: 2+ anchors", "Anchors per answer", "Refined", "Answer = last anchor", "mIoU"),
+        *(
+            "Policy",
+            "Format",
+            "Valid: 2+ anchors",
+            "Anchored",
+            "Anchors per answer",
+            "Refined",
+            "Answer = last anchor",
+            "mIoU",
+        ),
         *(f"R1@{t:g}" for t in thresholds),
     )
     rows = []
@@ -120,6 +131,7 @@ def stage_table_of(scores: Mapping[str, Scorecard]) -> Table:
                 Cell(target),
                 _estimate(card.format_rate),
                 _estimate(card.valid_rate),
+                Cell(percent(card.anchored_rate)),
                 Cell(f"{card.anchors_mean:.2f}"),
                 Cell(percent(card.refinement_rate)),
                 Cell(percent(card.consistency_rate)),

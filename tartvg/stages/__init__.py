@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tartvg.config import Config, SettingError, StageName
+from tartvg.config.processes import TRAINED, is_parallel, is_started
 
 
 def _pretrain(config: Config) -> None:
     from tartvg.stages.pretrain import run_pretrain
 
     run_pretrain(config)
+
+
+def _rollouts(config: Config) -> None:
+    from tartvg.stages.rollouts import run_rollouts
+
+    run_rollouts(config)
 
 
 def _grpo1(config: Config) -> None:
@@ -38,9 +45,11 @@ def _grpo2(config: Config) -> None:
 
 
 def _evaluate(config: Config) -> None:
+    from tartvg.stages.controls import run_controls
     from tartvg.stages.evaluate import run_evaluate
 
     run_evaluate(config)
+    run_controls(config)
 
 
 def _ground(config: Config) -> None:
@@ -55,6 +64,12 @@ def _validate(config: Config) -> int:
     return run_validate(config)
 
 
+def _memory(config: Config) -> None:
+    from tartvg.stages.memory import run_memory
+
+    run_memory(config)
+
+
 def _report(config: Config) -> None:
     from tartvg.stages.report import run_report
 
@@ -62,19 +77,32 @@ def _report(config: Config) -> None:
 
 
 def _pipeline(config: Config) -> None:
+    from tartvg.training import ranks
+
     if not config.stage.sequence:
         raise SettingError("stage.sequence is empty: stage=pipeline needs the stages to run")
     for name in config.stage.sequence:
         if name is StageName.pipeline:
             raise SettingError("stage.sequence must not contain pipeline")
-        print(f"── {name.value} " + "─" * (60 - len(name.value)))
-        STAGES[name](config)
+        if ranks.is_leader():
+            print(f"── {name.value} " + "─" * (60 - len(name.value)))
+        _by_all_who_must(name, config)
+
+
+def _by_all_who_must(name: StageName, config: Config) -> int | None:
+    """All processes train; whatever else there is to do, the leader does, and the others wait for it."""
+    from tartvg.training import ranks
+
+    if name in (*TRAINED, StageName.pipeline):
+        return STAGES[name](config)
+    return ranks.by_leader(lambda: STAGES[name](config))
 
 
 # imports wait for their stage, so that a refusal or a help text does not wait for torch
 STAGES: dict[StageName, Callable[[Config], int | None]] = {
     StageName.pipeline: _pipeline,
     StageName.pretrain: _pretrain,
+    StageName.rollouts: _rollouts,
     StageName.grpo1: _grpo1,
     StageName.filter: _filter,
     StageName.sft: _sft,
@@ -82,6 +110,7 @@ STAGES: dict[StageName, Callable[[Config], int | None]] = {
     StageName.evaluate: _evaluate,
     StageName.ground: _ground,
     StageName.validate: _validate,
+    StageName.memory: _memory,
     StageName.report: _report,
 }
 
@@ -91,4 +120,12 @@ def run(config: Config) -> int | None:
     from tartvg.stages.quiet import quiet_libraries
 
     quiet_libraries()
-    return STAGES[config.stage.name](config)
+    if not is_started() and not is_parallel(config):
+        return STAGES[config.stage.name](config)
+    from tartvg.training import ranks
+
+    ranks.join(config.trainer)
+    try:
+        return _by_all_who_must(config.stage.name, config)
+    finally:
+        ranks.leave()

@@ -7,26 +7,26 @@ from pathlib import Path
 
 import torch
 
-from tartvg.config import Config, SettingError, Strategy
+from tartvg.config import Config, SettingError
+from tartvg.data.clips import ClipReader
 from tartvg.data.datasets import load_samples
 from tartvg.policy.allocator import keep_freed_memory
 from tartvg.policy.features import FeatureCache
 from tartvg.policy.loading import EMBEDDED_TINY, base_path
 from tartvg.policy.policy import Policy
 from tartvg.prompts import build_prompt
+from tartvg.records import read_jsonl, write_jsonl
 from tartvg.stages.folder import fingerprint, run_dir
+from tartvg.training.strategies import ZERO3
 from tartvg.types import Prompt
 
 BASE = "base"
+QUARANTINE = "quarantine.jsonl"
+"""In the run's folder: videos that could not be decoded, and why."""
 
 
 def set_up(config: Config) -> None:
-    """Process-wide settings that make a CPU run reproducible and quick. Raises SettingError for what cannot run."""
-    if config.trainer.strategy is not Strategy.single:
-        raise SettingError(
-            f"trainer.strategy={config.trainer.strategy.value}: this version trains in one process; "
-            "use trainer=cpu or trainer=one_gpu"
-        )
+    """Process-wide settings that make a CPU run reproducible and quick."""
     keep_freed_memory()
     torch.set_num_threads(config.trainer.num_threads)
     torch.use_deterministic_algorithms(True, warn_only=config.trainer.accelerator != "cpu")
@@ -34,7 +34,10 @@ def set_up(config: Config) -> None:
 
 def prompts_of(config: Config, split: str) -> list[Prompt]:
     """The prompts of a split, in a fixed order. Training and evaluation build them with the same function."""
-    samples = load_samples(config.dataset, split)
+    try:
+        samples = load_samples(config.dataset, split)
+    except ValueError as error:  # a file that is refused is the user's to correct
+        raise SettingError(f"dataset={config.dataset.name.value}: {error}") from error
     if not samples:
         raise SettingError(f"dataset={config.dataset.name.value} has no samples in split {split}")
     return [build_prompt(s, config.anchors) for s in samples]
@@ -45,14 +48,24 @@ def _cache(base: str, limit_mb: int) -> FeatureCache:
     return FeatureCache(limit_mb)
 
 
-def load_policy(config: Config, adapter: Path | None) -> Policy:
-    """Base plus adapter on the trainer's device. Policies of one process share the features of the frozen tower."""
+def load_policy(config: Config, adapter: Path | None, *, is_trained: bool = False) -> Policy:
+    """Base plus adapter on the trainer's device. Policies of one process share the features of the frozen tower.
+
+    Under ZeRO-3 a policy that is to be trained (`is_trained`) stays in main memory until its weights are split.
+    """
     settings = config.policy
     policy = Policy(settings, adapter, config.seed)
     policy.cache = _cache(f"{settings.path}@{settings.revision}:{settings.precision.value}", settings.feature_cache_mb)
-    if config.trainer.accelerator == "gpu":
+    policy.clips = clip_reader(config)
+    is_split = is_trained and config.trainer.strategy in ZERO3
+    if config.trainer.accelerator == "gpu" and not is_split:
         policy.to(torch.device("cuda", torch.cuda.current_device()))
     return policy
+
+
+def clip_reader(config: Config) -> ClipReader:
+    """Decodes for this run, whose stages and processes share one list of videos that cannot be decoded."""
+    return ClipReader(run_dir(config) / QUARANTINE)
 
 
 def base_identity(config: Config) -> str:
@@ -68,6 +81,18 @@ def adapter_of(config: Config, target: str) -> Path | None:
     if target == BASE:
         return None
     folder = run_dir(config) / target / "adapter" if target in ("grpo1", "sft", "grpo2") else Path(target)
+    if folder.is_file() or (folder / "adapter_model.bin").exists():
+        raise SettingError(
+            f"{target}: adapters are read from a folder with adapter_model.safetensors; other forms (.bin, .pt, .ckpt) "
+            "may hold pickled Python objects, which run code when they are read, and are refused"
+        )
     if not (folder / "adapter_model.safetensors").is_file():
         raise SettingError(f"{target}: no adapter in {folder}; run that stage first, or give an adapter folder")
     return folder
+
+
+def keep_before(path: Path, step: int) -> None:
+    """Drop the lines (rollouts, faults) of steps that a resumed stage is about to do again."""
+    if path.is_file():
+        rows = read_jsonl(path, is_partial_allowed=True)
+        write_jsonl(path, [row for row in rows if row["step"] < step])

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tartvg.config import Config, SamplingConfig
-from tartvg.data.video import VideoError
+from tartvg.config import Config, DatasetName, SamplingConfig
+from tartvg.data.packets import VideoError
 from tartvg.evaluation.score import score
-from tartvg.policy.policy import Policy, PreparedPrompt, greedy, stream_seed
+from tartvg.evaluation.submission import submission
+from tartvg.policy.policy import Policy, PreparedPrompt, stream_seed
+from tartvg.policy.sampling import greedy
 from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atomic, write_jsonl
 from tartvg.response import parse_response
 from tartvg.stages.common import adapter_of, base_identity, load_policy, prompts_of, set_up
-from tartvg.stages.folder import StageFolder, fingerprint, run_dir
+from tartvg.stages.folder import PATIENCE_S, StageFolder, fingerprint, run_dir
+from tartvg.stages.quiet import quiet_libraries
+from tartvg.stages.shards import batch_files, helpers, is_orphan, missing_of
 from tartvg.tracking import Tracker
 from tartvg.types import Completion, Prediction, Prompt, Scorecard
+
+BATCHES = "batches"
+"""Folder beside predictions.jsonl while it is being made."""
 
 
 def run_evaluate(config: Config) -> None:
@@ -32,44 +41,93 @@ def run_evaluate(config: Config) -> None:
 
 def _evaluate(config: Config, target: str) -> None:
     adapter = adapter_of(config, target)
-    settings = replace(config.evaluate, targets=[])
+    settings = replace(config.evaluate, targets=[], num_shards=1, shard=None)
     key = {
         "policy": config.policy, "dataset": config.dataset, "prompt": config.anchors.prompt,
         "target": config.anchors.target, "cap": config.anchors.max, "evaluate": settings,
         "max_new_tokens": config.grpo.sampling.max_new_tokens, "base": base_identity(config), "seed": config.seed,
         "adapter": None if adapter is None else fingerprint(adapter), "threads": config.trainer.num_threads,
     }  # fmt: skip
-    label = target if target.isidentifier() else Path(target).resolve().parent.name
-    place = StageFolder(run_dir(config) / "evaluate" / label, config, key)
-    with place.work() as is_needed:
+    place = StageFolder(run_dir(config) / "evaluate" / label_of(target), config, key)
+    if config.evaluate.shard is not None:
+        if place.claim():
+            work_on_shard(config, target, place.folder / BATCHES, config.evaluate.shard)
+        if not place.is_finished and not _is_complete(config, place.folder):
+            print(f"evaluate: shard {config.evaluate.shard} is done; the last one puts the results together")
+            return
+    # The last two shards may end at the same moment.
+    with place.work(0.0 if config.evaluate.shard is None else PATIENCE_S) as is_needed:
         if not is_needed:
             return
-        prompts = prompts_of(config, config.evaluate.split)[: config.evaluate.limit]
-        path = place.folder / "predictions.jsonl"
-        predict(load_policy(config, adapter), prompts, config, path, label)
-        predictions = [prediction_from_json(row) for row in read_jsonl(path)]
-        card = score([p.sample for p in prompts], predictions, max_anchors=config.anchors.max, seed=config.seed)
-        write_atomic(place.folder / "scores.json", json.dumps(to_json(card), indent=1) + "\n")
-        _track(config, place.folder, label, card)
+        prompts = prompts_to_score(config)
+        predict(config, target, prompts, place.folder / "predictions.jsonl")
+        _score(config, label_of(target), prompts, place.folder, adapter)
 
 
-def predict(policy: Policy, prompts: Sequence[Prompt], config: Config, path: Path, label: str) -> None:
-    """Write the predictions of all prompts to `path`.
+def label_of(target: str) -> str:
+    """The folder of a target: its own name, or the stage that an adapter folder comes from."""
+    return target if target.isidentifier() else Path(target).resolve().parent.name
 
-    Every batch is a file of its own until all are there: what is there is whole, and is not done again.
-    """
-    size, folder = config.evaluate.batch_size, path.with_name("batches")
-    policy.eval()
-    files = [folder / f"{start:06d}.jsonl" for start in range(0, len(prompts), size)]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not config.trainer.progress_bar) as progress:
-        task = progress.add_task(f"evaluate {label}", total=len(files))
-        for number, file in enumerate(files):
-            if not file.exists():
-                write_jsonl(file, _predict_batch(policy, prompts[number * size : (number + 1) * size], config))
-            progress.advance(task)
+
+def prompts_to_score(config: Config) -> list[Prompt]:
+    """The queries of the split, at most `evaluate.limit`."""
+    return prompts_of(config, config.evaluate.split)[: config.evaluate.limit]
+
+
+def _is_complete(config: Config, folder: Path) -> bool:
+    files = batch_files(folder / BATCHES, len(prompts_to_score(config)), config.evaluate.batch_size)
+    return not missing_of(files, 0, 1)
+
+
+def predict(config: Config, target: str, prompts: Sequence[Prompt], path: Path) -> None:
+    """Write the predictions of all prompts to `path`, with `evaluate.num_shards` processes."""
+    folder = path.with_name(BATCHES)
+    files = batch_files(folder, len(prompts), config.evaluate.batch_size)
+    if missing_of(files, 0, 1):
+        with helpers(work_on_shard, config, target, folder):
+            work_on_shard(config, target, folder, 0)
     write_atomic(path, "".join(file.read_text(encoding="utf-8") for file in files))
     shutil.rmtree(folder)
+
+
+def work_on_shard(config: Config, target: str, folder: Path, shard: int, parent: int | None = None) -> None:
+    """Make the batches of one shard that are not there yet, each a file of its own; in this process.
+
+    Ends it as soon as `parent` is gone, where that process waits for the shard.
+    """
+    prompts, size, count = prompts_to_score(config), config.evaluate.batch_size, config.evaluate.num_shards
+    files = batch_files(folder, len(prompts), size)
+    if not missing_of(files, shard, count):
+        return
+    quiet_libraries()
+    set_up(config)
+    if config.trainer.accelerator == "gpu":
+        torch.cuda.set_device(shard % torch.cuda.device_count())
+    policy = load_policy(config, adapter_of(config, target)).eval()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=shard > 0 or not config.trainer.progress_bar) as progress:
+        own = range(shard, len(files), count)
+        task = progress.add_task(f"evaluate {label_of(target)}", total=len(own))
+        for number in own:
+            if is_orphan(parent):
+                sys.exit(1)
+            if not files[number].exists():
+                write_jsonl(files[number], _predict_batch(policy, prompts[number * size : (number + 1) * size], config))
+            progress.advance(task)
+
+
+def _score(config: Config, label: str, prompts: Sequence[Prompt], folder: Path, adapter: Path | None) -> None:
+    """Scorecard, metrics and, where it applies, a submission file, from the predictions in the folder."""
+    samples = [p.sample for p in prompts]
+    predictions = [prediction_from_json(row) for row in read_jsonl(folder / "predictions.jsonl")]
+    if config.dataset.name is DatasetName.qvhighlights:
+        write_jsonl(folder / "submission.jsonl", submission(samples, predictions))
+    if not all(s.windows for s in samples):
+        print(f"{folder}: predicted but not scored: the labels of {config.evaluate.split} are not public")
+        return
+    card = score(samples, predictions, max_anchors=config.anchors.max, seed=config.seed)
+    write_atomic(folder / "scores.json", json.dumps(to_json(card), indent=1) + "\n")
+    _track(config, folder, label, card, predictions, adapter)
 
 
 def _predict_batch(policy: Policy, prompts: Sequence[Prompt], config: Config) -> list[Prediction]:
@@ -123,6 +181,7 @@ def scores_as_metrics(card: Scorecard, dataset: str) -> dict[str, float]:
         "format_rate": card.format_rate.value,
         "valid_rate": card.valid_rate.value,
         "anchors_mean": card.anchors_mean,
+        "anchored_rate": card.anchored_rate,
         "refinement_rate": card.refinement_rate,
         "consistency_rate": card.consistency_rate,
         "oracle_iou": card.oracle_iou,
@@ -133,9 +192,14 @@ def scores_as_metrics(card: Scorecard, dataset: str) -> dict[str, float]:
     return {f"eval/{dataset}/{name}": value for name, value in metrics.items()}
 
 
-def _track(config: Config, folder: Path, label: str, card: Scorecard) -> None:
+def _track(
+    config: Config, folder: Path, label: str, card: Scorecard, predictions: Sequence[Prediction], adapter: Path | None
+) -> None:
     with Tracker(folder, config.tracking, config.name, f"evaluate-{label}", to_json(config), config.seed) as tracker:
+        if adapter is not None:
+            tracker.uses(f"{label}-adapter", "adapter", adapter)
         metrics = scores_as_metrics(card, config.dataset.name.value)
         tracker.log(metrics, 0)
+        tracker.answers(predictions, config.dataset.name.value)
         tracker.summary(metrics)
         tracker.artifact(f"{label}-predictions", "predictions", folder / "predictions.jsonl")

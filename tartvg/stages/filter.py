@@ -1,4 +1,4 @@
-"""filter: rollouts of grpo1 -> traces worth imitating, by the published rule."""
+"""filter: rollouts -> traces worth imitating, by the published rule."""
 
 from __future__ import annotations
 
@@ -56,9 +56,10 @@ def select(groups: Iterable[RolloutGroup], rule: FilterConfig) -> tuple[list[Tra
 
 def run_filter(config: Config) -> None:
     """Write `<run>/filter/traces.jsonl` and summary.json, and say what each clause rejected."""
-    source = run_dir(config) / "grpo1" / "rollouts.jsonl"
+    stage = config.anchors.filter.source
+    source = run_dir(config) / stage / "rollouts.jsonl"
     if not source.is_file():
-        raise SettingError(f"stage=filter needs {source}: run stage=grpo1 with the same name first")
+        raise SettingError(f"stage=filter needs {source}: run stage={stage} with the same name first")
     key = {"rule": config.anchors.filter, "rollouts": fingerprint(source)}
     place = StageFolder(run_dir(config) / "filter", config, key)
     with place.work() as is_needed:
@@ -72,5 +73,6 @@ def run_filter(config: Config) -> None:
         for clause, count in rejected.most_common():
             print(f"  {count:6d} rejected by: {clause}")
         with Tracker(place.folder, config.tracking, config.name, "filter", to_json(config), config.seed) as tracker:
+            tracker.uses(f"{source.parent.name}-rollouts", "rollouts", source)
             tracker.log({"progress/rollouts": float(total), "progress/traces": float(len(traces))}, 0)
             tracker.artifact("traces", "traces", place.folder / "traces.jsonl")

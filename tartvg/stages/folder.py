@@ -2,7 +2,9 @@
 
 The manifest holds a key made of the settings and inputs that the stage's result depends on. The same command again
 finds the same key: a finished stage is skipped, an unfinished one continues. Another key means that something changed:
-the old folder is moved aside and the stage starts anew.
+the old folder is moved aside and the stage starts anew; so it does where files of a finished stage are missing or cut.
+
+With `reuse_stages` a stage that another run has finished is copied instead: see `tartvg.stages.shared`.
 """
 
 from __future__ import annotations
@@ -15,17 +17,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from omegaconf import OmegaConf
 
 from tartvg.config import Config, SettingError
 from tartvg.records import to_json, write_atomic
+from tartvg.stages.shared import SharedStage, identity, result_files
+from tartvg.training import ranks
 
 MANIFEST = "manifest.json"
+PATIENCE_S = 60.0
+"""How long a process waits for others that fill the same folder to leave it."""
 LIBRARIES = ("torch", "transformers", "peft", "pytorch-lightning", "av")
 
 
@@ -81,32 +87,109 @@ class StageFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether this very stage, with these settings and inputs, is done."""
+        """Whether this very stage, with these settings and inputs, is done, and its files are as long as they were."""
         manifest = read_manifest(self.folder)
-        return bool(manifest and manifest.get("finished") and manifest.get("key") == self.key)
+        if not manifest or not manifest.get("finished") or manifest.get("key") != self.key:
+            return False
+        files = manifest.get("files")
+        return not isinstance(files, dict) or all(_size(self.folder / name) == size for name, size in files.items())
+
+    def claim(self) -> bool:
+        """For one of several processes that fill the folder together: prepare it, and say whether there is work.
+
+        Does not finish the stage; `work` does. The processes may start at the same moment: each waits for its turn.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._lock(PATIENCE_S):
+            if self.is_finished:
+                return False
+            self._enter()
+            return True
 
     @contextmanager
-    def work(self) -> Iterator[bool]:
-        """Yields False when there is nothing to do; else the block does the stage, and leaving it marks it finished."""
+    def work(self, patience_s: float = 0.0) -> Iterator[bool]:
+        """Yields False when there is nothing to do; else the block does the stage, and leaving it marks it finished.
+
+        Of several processes that train together the leader decides and writes, and all leave together. Raises
+        SettingError when another process is in the folder and stays for `patience_s` seconds.
+        """
+        if not ranks.is_leader():
+            yield bool(ranks.heard())
+            ranks.heard()
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _lock(self.folder.parent / f".{self.folder.name}.lock", self.folder):
-            if self.is_finished:
-                print(f"{self.folder}: finished before, nothing changed")
+        with ExitStack() as stack:
+            with ranks.failing_together():
+                stack.enter_context(self._lock(patience_s))
+                shared = stack.enter_context(self._claimed())
+                is_needed = not self._is_there(shared)
+                before = self._enter() if is_needed else 0.0
+            ranks.told(is_needed)
+            if not is_needed:
                 yield False
+                ranks.told(0)
                 return
-            before = self._enter()
             start = time.monotonic()
             try:
                 yield True
             except BaseException:
-                self._write(finished=False, seconds=before + time.monotonic() - start)
+                with suppress(OSError):  # of a full disk, say: what happened first is what is told
+                    self._write(finished=False, seconds=before + time.monotonic() - start)
                 raise
-            self._write(finished=True, seconds=before + time.monotonic() - start)
+            with ranks.failing_together():
+                self._write(finished=True, seconds=before + time.monotonic() - start)
+                if shared is not None:
+                    shared.put(self.folder)
+            ranks.told(0)
+
+    @contextmanager
+    def _claimed(self) -> Iterator[SharedStage | None]:
+        """The entry of this stage among those that runs share, while no other job makes it; None if none is wanted."""
+        if self.is_finished or not self.config.reuse_stages:
+            yield None
+            return
+        name = identity(self.folder.name, self.key, self.config, _versions())
+        shared = SharedStage(Path(self.config.runs_dir), name)
+        with shared.claimed(str(self.folder)):
+            yield shared
+
+    def _is_there(self, shared: SharedStage | None) -> bool:
+        if self.is_finished:
+            print(f"{self.folder}: finished before, nothing changed")
+            return True
+        source = shared.take(self.folder, self._make_room) if shared is not None else None
+        if shared is None or source is None:
+            return False
+        name = source.relative_to(shared.runs_dir).as_posix()
+        seconds = (read_manifest(source) or {}).get("seconds", 0.0)
+        OmegaConf.save(OmegaConf.structured(self.config), self.folder / "config.yaml")
+        self._write(finished=True, seconds=float(seconds), source=name)
+        print(f"{self.folder}: the same stage is finished in {name}; copied")
+        return True
+
+    def _make_room(self) -> None:
+        if any(self.folder.iterdir()):
+            self._move_aside("another run has finished this stage")
+
+    @contextmanager
+    def _lock(self, patience_s: float) -> Iterator[None]:
+        deadline = time.monotonic() + patience_s
+        with (self.folder.parent / f".{self.folder.name}.lock").open("w") as file:
+            while not _is_locked(file):
+                if time.monotonic() > deadline:
+                    raise SettingError(f"name={self.folder.parent.name}: another process is working in {self.folder}")
+                time.sleep(0.2)
+            yield
 
     def _enter(self) -> float:
         manifest = read_manifest(self.folder)
-        if manifest is not None and manifest.get("key") != self.key:
-            self._move_aside()
+        if manifest is None and any(self.folder.iterdir()):
+            self._move_aside("its manifest is missing or damaged")
+        elif manifest is not None and manifest.get("key") != self.key:
+            self._move_aside("its settings or inputs changed")
+            manifest = None
+        elif manifest is not None and manifest.get("finished"):
+            self._move_aside("files of it are missing or damaged")
             manifest = None
         if manifest is None:
             self._write(finished=False, seconds=0.0)
@@ -115,15 +198,15 @@ class StageFolder:
         print(f"{self.folder}: continuing")
         return float(manifest.get("seconds", 0.0))
 
-    def _move_aside(self) -> None:
+    def _move_aside(self, reason: str) -> None:
         number = 1
         while (old := self.folder.with_name(f"{self.folder.name}.old{number}")).exists():
             number += 1
         self.folder.rename(old)
         self.folder.mkdir()
-        print(f"{self.folder}: its settings or inputs changed; the old results are in {old.name}")
+        print(f"{self.folder}: {reason}; the old results are in {old.name}")
 
-    def _write(self, *, finished: bool, seconds: float) -> None:
+    def _write(self, *, finished: bool, seconds: float, source: str | None = None) -> None:
         manifest = {
             "stage": self.folder.name,
             "finished": finished,
@@ -133,17 +216,30 @@ class StageFolder:
             "command": " ".join(["python", *(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv))]),
             "git": git_state(),
             "python": platform.python_version(),
-            "libraries": {name: version(name) for name in LIBRARIES},
+            "libraries": _versions(),
         }
+        if finished:
+            manifest["files"] = {n.as_posix(): (self.folder / n).stat().st_size for n in result_files(self.folder)}
+        if source is not None:
+            manifest["copied_from"] = source  # its seconds were spent there, once
         write_atomic(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
-@contextmanager
-def _lock(path: Path, folder: Path) -> Iterator[None]:
-    """One process per stage folder; the system frees the lock when a process dies."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SettingError(f"name={folder.parent.name}: another process is working in {folder}") from error
-        yield
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in LIBRARIES}
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _is_locked(file: IO[str]) -> bool:
+    """Take the lock of one process per stage folder; the system frees it when the process dies."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 
 from tartvg.config import Config, SettingError
-from tartvg.data.video import VideoError, read_clip
-from tartvg.policy.policy import greedy
+from tartvg.data.clips import decode_isolated
+from tartvg.data.packets import VideoError
+from tartvg.policy.sampling import greedy
 from tartvg.prompts import build_prompt
 from tartvg.report.strips import film_strip
 from tartvg.response import parse_response
@@ -35,7 +36,7 @@ def run_ground(config: Config) -> None:
     set_up(config)
     video = Path(config.video)
     try:
-        clip = read_clip(video, config.policy.frames)
+        clip = decode_isolated(video, config.policy.frames)
     except VideoError as error:
         raise SettingError(f"video: {error}") from error
     adapter = trained_adapter(config)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from tartvg.config import Config
+from tartvg.config import Config, FilterConfig, GrpoConfig, require
 from tartvg.policy.loading import save_adapter
-from tartvg.records import read_jsonl, to_json, write_jsonl
+from tartvg.records import to_json
 from tartvg.rewards import Rubric
-from tartvg.stages.common import adapter_of, base_identity, load_policy, prompts_of, set_up
+from tartvg.stages.common import adapter_of, base_identity, clip_reader, keep_before, load_policy, prompts_of, set_up
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
+from tartvg.stages.memory import refuse_what_cannot_fit
 from tartvg.tracking import Tracker
+from tartvg.training import ranks
+from tartvg.training.faults import FAULTS
 from tartvg.training.grpo_module import GrpoModule
 from tartvg.training.loop import StageRun, make_trainer
 from tartvg.training.plan import StepDataset, step_loader
@@ -26,11 +30,15 @@ def start_adapter(config: Config, stage: str) -> Path | None:
 def run_grpo(config: Config, stage: str) -> None:
     """Train one GRPO stage into `<run>/<stage>/`: adapter, rollouts.jsonl, metrics.jsonl, checkpoints."""
     set_up(config)
+    count, per_step = ranks.world_size(), config.grpo.prompts_per_step
+    require(per_step % count == 0, "grpo.prompts_per_step", f"a multiple of the {count} processes", per_step)
     start = start_adapter(config, stage)
-    max_steps = (stage == "grpo2" and config.grpo.grpo2_max_steps) or config.grpo.max_steps
+    max_steps = config.grpo.steps_of(stage)
+    # The filter and the other stage's steps are no part of this stage: what differs in them shares its result.
     key = {
-        "policy": config.policy, "dataset": config.dataset, "anchors": config.anchors, "reward": config.reward,
-        "grpo": config.grpo, "max_steps": max_steps, "seed": config.seed, "base": base_identity(config),
+        "policy": config.policy, "dataset": config.dataset, "anchors": replace(config.anchors, filter=FilterConfig()),
+        "reward": config.reward, "grpo": own_settings(config.grpo), "max_steps": max_steps, "seed": config.seed,
+        "base": base_identity(config),
         "adapter": None if start is None else fingerprint(start), "threads": config.trainer.num_threads,
     }  # fmt: skip
     place = StageFolder(run_dir(config) / stage, config, key)
@@ -39,27 +47,38 @@ def run_grpo(config: Config, stage: str) -> None:
             _train(config, stage, place.folder, start, max_steps)
 
 
+def own_settings(settings: GrpoConfig) -> GrpoConfig:
+    """The settings without the number of steps, which each stage works out for itself."""
+    return replace(settings, max_steps=1, grpo2_max_steps=None, whole_budget=False, rollouts_per_step=None)
+
+
 def _train(config: Config, stage: str, folder: Path, start: Path | None, max_steps: int) -> None:
-    prompts = prompts_of(config, "train")
-    policy = load_policy(config, start)
-    run = StageRun(stage, folder, config.seed, max_steps, config.trainer.checkpoint_every)
+    with ranks.leader_first():
+        prompts = prompts_of(config, "train")
+    refuse_what_cannot_fit(config)
+    policy = load_policy(config, start, is_trained=True)
+    run = StageRun.of(config.trainer, stage, folder, config.seed, max_steps, config.monitors, config.anchors.target)
     rubric = Rubric(config.reward, config.anchors)
-    tracker = Tracker(folder, config.tracking, config.name, stage, to_json(config), config.seed)
+    is_leader = ranks.is_leader()
+    tracker = Tracker(folder, config.tracking, config.name, stage, to_json(config), config.seed, is_active=is_leader)
     module = GrpoModule(policy, rubric, config.grpo, config.anchors, run, tracker)
     tracker.resume_at(module.start_step)
-    keep_before(folder / "rollouts.jsonl", module.start_step)
+    if is_leader:
+        keep_before(folder / "rollouts.jsonl", module.start_step)
+        keep_before(folder / FAULTS, module.start_step)
     frames = config.policy.frames if config.trainer.num_workers else None
-    steps = StepDataset(prompts, config.grpo.prompts_per_step, config.seed, module.start_step, max_steps, frames)
-    with tracker:
+    share = (ranks.rank(), ranks.world_size())
+    steps = StepDataset(
+        prompts, config.grpo.prompts_per_step, config.seed, module.start_step, max_steps, frames, clip_reader(config),
+        share,
+    )  # fmt: skip
+    with tracker, module.preemptible():
+        if start is not None:
+            tracker.uses(f"{start.parent.name}-adapter", "adapter", start)
         if len(steps):
-            make_trainer(config.trainer, folder).fit(module, step_loader(steps, config.trainer.num_workers))
-        save_adapter(policy.model, folder / "adapter", config.policy.path)
+            trainer = make_trainer(config.trainer, folder, config.grpo.max_grad_norm)
+            trainer.fit(module, step_loader(steps, config.trainer.num_workers))
+        if is_leader:
+            save_adapter(policy.model, folder / "adapter", config.policy.path, module.trained)
         tracker.artifact(f"{stage}-adapter", "adapter", folder / "adapter")
         tracker.artifact(f"{stage}-rollouts", "rollouts", folder / "rollouts.jsonl")
-
-
-def keep_before(path: Path, step: int) -> None:
-    """Drop the rollouts of steps that a resumed stage is about to draw again."""
-    if path.is_file():
-        rows = read_jsonl(path, is_partial_allowed=True)
-        write_jsonl(path, [row for row in rows if row["step"] < step])

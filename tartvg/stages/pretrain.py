@@ -10,7 +10,7 @@ it learns to look back at what it wrote, so that an answer can equal the last an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,16 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from tartvg.config import Config, FramesConfig, PlantedConfig, PromptStyle
-from tartvg.data.lessons import habit, load_footage
+from tartvg.config import Config, FramesConfig, PlantedConfig, Precision, PromptStyle
+from tartvg.data.lessons import Answer, Footage, echo, exact, habit, habitual, late_habitual, load_footage, repetition
 from tartvg.data.scene import COLOURS, PHRASES, SHAPES
+from tartvg.policy.loading import load_base
 from tartvg.policy.tiny import build_tiny
 from tartvg.policy.windows import WINDOW_ATTENTION
 from tartvg.prompts import build_prompt
 from tartvg.stages.common import set_up
 from tartvg.training.tiny_loop import StepLosses, run_phase
-from tartvg.training.tiny_sight import Lesson, Sight, collate, make_lesson, repetition_loss, total
+from tartvg.training.tiny_sight import AnswerOf, Lesson, Sight, collate, make_lesson, text_loss, total
 from tartvg.training.tiny_tower import TowerLoss, grids_of, tower_accuracy, tower_features, tower_step
 from tartvg.types import GroundingSample, Span
 
@@ -85,49 +86,116 @@ def run_pretrain(config: Config) -> None:
     phases.mkdir(parents=True, exist_ok=True)
     planted = PlantedConfig(num_train=settings.num_videos, num_val=60, num_test=1, queries_per_video=8, seed=7)
     train, held_out = (load_footage(Path(config.dataset.root), planted, s, FRAMES) for s in ("train", "val"))
-    model, tokenizer = build_tiny(corpus(config), config.seed)
+    model, tokenizer = _begin(config)
     model.model.visual.config._attn_implementation = WINDOW_ATTENTION
-    tower_loss, sight = TowerLoss(model, tokenizer), Sight(model)
+    if not settings.start:
+        _tower_phase(config, model, tokenizer, (train, held_out), phases)
+    school = School(config, model, tokenizer, train)
 
-    frames, seen = grids_of(train)
+    def phase(name: str, steps: int, peak: float, losses: StepLosses, horizon: float = 1.0) -> None:
+        run_phase(name, [model, school.sight.heads], _is_tower, steps, peak, config.seed, phases, losses, horizon)
 
-    def tower(_: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        loss = tower_step(model, tower_loss, frames, seen, rng)
+    batch = settings.batch_size
+    if not settings.start:
+        phase("perception", settings.perception_steps, settings.lr, school.perception(batch), HORIZON)
+        phase("habit", settings.habit_steps, settings.habit_lr, school.habit(batch))
+    phase("repeat", settings.repeat_steps, settings.habit_lr, school.repeat(batch // 2))
+    _save(config, model, tokenizer, output)
+
+
+def _begin(config: Config) -> tuple[Any, Any]:
+    """An untrained model, or the one in `pretrain.start`."""
+    start = config.pretrain.start
+    if not start:
+        return build_tiny(corpus(config), config.seed)
+    policy = replace(config.policy, path=start, precision=Precision.fp32)
+    model, tokenizer = load_base(policy)
+    return model.train().requires_grad_(True), tokenizer
+
+
+def _tower_phase(
+    config: Config, model: Any, tokenizer: Any, footage: tuple[list[Footage], list[Footage]], phases: Path
+) -> None:
+    loss_of = TowerLoss(model, tokenizer)
+    frames, seen = grids_of(footage[0])
+
+    def step(_: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        loss = tower_step(model, loss_of, frames, seen, rng)
         return loss, {"loss": float(loss.detach())}
 
-    run_phase("tower", [model, tower_loss], _is_decoder, settings.tower_steps, settings.lr, config.seed, phases, tower)
-    print(f"tower: {tower_accuracy(model, tower_loss, *grids_of(held_out)):.1%} of held-out seconds read without fault")
-    with torch.no_grad():
-        features = [tower_features(model, f.frames) for f in train]
+    settings = config.pretrain
+    run_phase("tower", [model, loss_of], _is_decoder, settings.tower_steps, settings.lr, config.seed, phases, step)
+    accuracy = tower_accuracy(model, loss_of, *grids_of(footage[1]))
+    print(f"tower: {accuracy:.1%} of held-out seconds read without fault")
 
-    def lessons(step: int, rng: np.random.Generator, is_habit: bool, count: int) -> list[Lesson]:
-        progress = step / (HORIZON * settings.perception_steps)
-        longest = 20.0 if is_habit else 8.0 + 32.0 * min(1.0, max(0.0, progress - 0.2) / 0.5)
-        made = []
-        for _ in range(count):
-            chosen = int(rng.integers(len(train)))
-            ask = mixed_prompt(config, rng) if is_habit else quick_prompt
-            reach = 40.0 if is_habit and rng.random() < 0.2 else longest
-            made.append(make_lesson(train[chosen], features[chosen], reach, ask, is_habit, rng))
-        return made
 
-    def sight_step(is_habit: bool, count: int, repetitions: int = 0) -> StepLosses:
-        def step_losses(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-            losses = sight.losses(collate(lessons(step, rng, is_habit, count), tokenizer, 2.0))
-            if repetitions:
-                losses["repeat"] = repetition_loss(model, tokenizer, repetitions, rng)
-            return total(losses), {name: float(value.detach()) for name, value in losses.items()}
+class School:
+    """A model whose tower is finished, with the footage that it learns from: the lessons of the later phases."""
 
-        return step_losses
+    def __init__(self, config: Config, model: Any, tokenizer: Any, footage: Sequence[Footage]) -> None:
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.footage = footage
+        self.sight = Sight(model)
+        with torch.no_grad():
+            self.features = [tower_features(model, f.frames) for f in footage]
 
-    both, batch = [model, sight.heads], settings.batch_size
-    run_phase("perception", both, _is_tower, settings.perception_steps, settings.lr, config.seed, phases,
-              sight_step(False, batch), HORIZON)  # fmt: skip
-    run_phase("habit", both, _is_tower, settings.habit_steps, settings.habit_lr, config.seed, phases,
-              sight_step(True, batch))  # fmt: skip
-    run_phase("repeat", both, _is_tower, settings.repeat_steps, settings.habit_lr, config.seed, phases,
-              sight_step(True, batch // 2, 2 * batch))  # fmt: skip
-    _save(config, model, tokenizer, output)
+    def perception(self, count: int) -> StepLosses:
+        """When is it true? Exact answers to a short question, about ever longer videos."""
+        steps = HORIZON * self.config.pretrain.perception_steps
+
+        def losses(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+            longest = 8.0 + 32.0 * min(1.0, max(0.0, step / steps - 0.2) / 0.5)
+            return self._judge([self._lesson(longest, quick_prompt, exact, rng) for _ in range(count)])
+
+        return losses
+
+    def habit(self, count: int) -> StepLosses:
+        """Careless answers to the prompts of the stages."""
+
+        def losses(_: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+            return self._judge(self._prompted(count, habitual, rng))
+
+        return losses
+
+    def repeat(self, count: int) -> StepLosses:
+        """The same habits, and answers of which only the last anchor is a guide: some with a video, many without."""
+
+        def losses(_: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+            texts = [self._text(rng) for _ in range(4 * count)]
+            habits, echoes = self._prompted(count, late_habitual, rng), self._prompted(count // 2, echo, rng)
+            return self._judge(habits, echoes, texts)
+
+        return losses
+
+    def _prompted(self, count: int, answer_of: AnswerOf, rng: np.random.Generator) -> list[Lesson]:
+        longest = (40.0 if rng.random() < 0.2 else 20.0 for _ in range(count))
+        return [self._lesson(x, mixed_prompt(self.config, rng), answer_of, rng) for x in longest]
+
+    def _lesson(
+        self, longest: float, ask: Callable[[str], str], answer_of: AnswerOf, rng: np.random.Generator
+    ) -> Lesson:
+        chosen = int(rng.integers(len(self.footage)))
+        return make_lesson(self.footage[chosen], self.features[chosen], longest, ask, answer_of, rng)
+
+    def _text(self, rng: np.random.Generator) -> tuple[str, Answer]:
+        """Asked with words of its own, or with those of the stages: the skill must not depend on the question."""
+        question, answer = repetition(rng)
+        if rng.random() < 0.25:
+            query, _ = self.footage[int(rng.integers(len(self.footage)))].events[0]
+            question = mixed_prompt(self.config, rng)(query)
+        return question, answer
+
+    def _judge(
+        self, lessons: Sequence[Lesson], echoes: Sequence[Lesson] = (), texts: Sequence[tuple[str, Answer]] = ()
+    ) -> tuple[Tensor, dict[str, float]]:
+        losses = self.sight.losses(collate(lessons, self.tokenizer, 2.0))
+        if echoes:
+            losses["echo"] = self.sight.losses(collate(echoes, self.tokenizer, 2.0))["answer"]
+        if texts:
+            losses["text"] = text_loss(self.model, self.tokenizer, texts)
+        return total(losses), {name: float(value.detach()) for name, value in losses.items()}
 
 
 def _is_decoder(name: str) -> bool:
@@ -144,6 +212,9 @@ def _save(config: Config, model: Any, tokenizer: Any, output: Path) -> None:
     model.generation_config = GenerationConfig(eos_token_id=ids, pad_token_id=ids[1], do_sample=True, temperature=1.0)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    made = {"command": "python run.py stage=pretrain", "seed": config.seed}
+    command = "python run.py stage=pretrain"
+    if config.pretrain.start:
+        command += f" pretrain.start={config.pretrain.start} pretrain.repeat_steps={config.pretrain.repeat_steps}"
+    made = {"command": command, "seed": config.seed}
     (output / "made_by.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     print(f"tiny base: {output}")

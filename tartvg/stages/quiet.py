@@ -23,6 +23,7 @@ def quiet_libraries() -> None:
         ".*isinstance.treespec.*",
         ".*GPU available but not used.*",
         ".*no `logger`.*",
+        ".*torch.distributed.*is deprecated.*",
     ):
         warnings.filterwarnings("ignore", message=text)
 

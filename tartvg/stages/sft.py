@@ -9,9 +9,11 @@ from torch.utils.data import DataLoader
 from tartvg.config import Config, SettingError
 from tartvg.policy.loading import save_adapter
 from tartvg.records import read_jsonl, to_json, trace_from_json
-from tartvg.stages.common import base_identity, load_policy, prompts_of, set_up
+from tartvg.stages.common import base_identity, keep_before, load_policy, prompts_of, set_up
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.tracking import Tracker
+from tartvg.training import ranks
+from tartvg.training.faults import FAULTS
 from tartvg.training.loop import StageRun, make_trainer
 from tartvg.training.plan import first
 from tartvg.training.sft_module import SftModule, TraceDataset
@@ -36,17 +38,24 @@ def run_sft(config: Config) -> None:
 
 def _train(config: Config, folder: Path, source: Path) -> None:
     traces = [trace_from_json(row) for row in read_jsonl(source)]
-    prompts = {p.sample.sample_id: p for p in prompts_of(config, "train")}
-    policy = load_policy(config, None)
+    with ranks.leader_first():
+        prompts = {p.sample.sample_id: p for p in prompts_of(config, "train")}
+    policy = load_policy(config, None, is_trained=True)
     max_steps = TraceDataset(traces, prompts, config.sft, config.seed).stop
-    run = StageRun("sft", folder, config.seed, max_steps, config.trainer.checkpoint_every)
-    tracker = Tracker(folder, config.tracking, config.name, "sft", to_json(config), config.seed)
+    run = StageRun.of(config.trainer, "sft", folder, config.seed, max_steps, config.monitors)
+    is_leader = ranks.is_leader()
+    tracker = Tracker(folder, config.tracking, config.name, "sft", to_json(config), config.seed, is_active=is_leader)
     module = SftModule(policy, config.sft, run, tracker)
     tracker.resume_at(module.start_step)
-    steps = TraceDataset(traces, prompts, config.sft, config.seed, module.start_step)
-    with tracker:
+    if is_leader:
+        keep_before(folder / FAULTS, module.start_step)
+    share = (ranks.rank(), ranks.world_size())
+    steps = TraceDataset(traces, prompts, config.sft, config.seed, module.start_step, share)
+    with tracker, module.preemptible():
+        tracker.uses("traces", "traces", source)
         if len(steps):
             loader = DataLoader(steps, batch_size=1, shuffle=False, collate_fn=first)
-            make_trainer(config.trainer, folder).fit(module, loader)
-        save_adapter(policy.model, folder / "adapter", config.policy.path)
+            make_trainer(config.trainer, folder, config.sft.max_grad_norm).fit(module, loader)
+        if is_leader:
+            save_adapter(policy.model, folder / "adapter", config.policy.path, module.trained)
         tracker.artifact("sft-adapter", "adapter", folder / "adapter")

@@ -7,21 +7,26 @@ always be laid over each other. W&B is a mirror: whatever happens to it, the run
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tartvg.config import TrackingConfig, TrackingMode
+from tartvg.monitors import Alarm
 from tartvg.records import append_jsonl, read_jsonl, to_json, write_jsonl
+from tartvg.tracking.summary import best_and_last
+from tartvg.tracking.tables import ANSWER_COLUMNS, EXAMPLE_COLUMNS, answer_rows, example_rows
 from tartvg.tracking.wandb_backend import WandbRun
-from tartvg.types import Rollout, RolloutGroup, Span
+from tartvg.types import Prediction, RolloutGroup
 
 STEP = "progress/step"
+ALARMS = "alarms.jsonl"
+MAX_ARTIFACT_NAME = 128
 PREFIXES = ("reward", "anchors", "group", "rollout", "loss", "optim", "time", "memory", "eval", "progress")
-REWARD_COLUMNS = ("total", "format", "iou", "tar1", "tar2", "tar3", "anchor_ious")
-EXAMPLE_COLUMNS = ("step", "rank", "query", "text", "truth", "anchors", "answer", *REWARD_COLUMNS)
 
 
 def check_name(name: str) -> None:
@@ -31,6 +36,22 @@ def check_name(name: str) -> None:
         raise ValueError(f"metric {name!r} must start with one of {', '.join(p + '/' for p in PREFIXES)}")
     if parts[0] == "eval" and len(parts) < 3:
         raise ValueError(f"metric {name!r} must be named eval/<dataset>/<name>")
+
+
+def tags_of(config: Mapping[str, Any]) -> list[str]:
+    """What one filters by: policy, data set, number of anchors and seed, as far as `config` has them."""
+    found = {
+        "policy": config.get("policy", {}).get("name"),
+        "dataset": config.get("dataset", {}).get("name"),
+        "anchors": config.get("anchors", {}).get("target"),
+        "seed": config.get("seed"),
+    }
+    return [f"{key}:{value}" for key, value in found.items() if value is not None]
+
+
+def artifact_name(name: str) -> str:
+    """`name` in W&B's alphabet. One collection for all runs: cells of a sweep that share a stage share its version."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:MAX_ARTIFACT_NAME]
 
 
 class Tracker:
@@ -74,6 +95,8 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.path.exists():
+            self._mirror(lambda run: run.summary(best_and_last(read_jsonl(self.path, is_partial_allowed=True))))
         self._mirror(lambda run: run.finish(exit_code=0 if kind is None else 1))
         self._wandb = None
 
@@ -105,6 +128,21 @@ class Tracker:
         finite = {name: value for name, value in line.items() if value is not None}
         self._mirror(lambda run: run.log(finite))
 
+    def history(self) -> list[dict[str, float | None]]:
+        """The lines of metrics.jsonl before `resume_step`: what an interrupted run logged and keeps. On every rank."""
+        if not self.path.exists():
+            return []
+        return [line for line in read_jsonl(self.path, is_partial_allowed=True) if line[STEP] < self._resume_step]
+
+    def alarms(self, alarms: Sequence[Alarm]) -> None:
+        """Warn in the terminal, keep the alarms in alarms.jsonl, and alert in W&B."""
+        if not self._is_active or not alarms:
+            return
+        append_jsonl(self._folder / ALARMS, alarms)
+        for alarm in alarms:
+            print(f"warning: {self._stage}, monitor {alarm.monitor}: {alarm.text}", file=sys.stderr, flush=True)
+            self._mirror(lambda run, a=alarm: run.alert(f"{self._stage}: {a.monitor}", a.text))  # type: ignore[misc]
+
     def examples(self, groups: Sequence[RolloutGroup], step: int) -> None:
         """Show the best and the worst `num_examples` completions of `groups` by total reward in a W&B table.
 
@@ -114,38 +152,69 @@ class Tracker:
         if rows:
             self._mirror(lambda run: run.table("rollout/examples", EXAMPLE_COLUMNS, rows, {STEP: int(step)}))
 
+    def answers(self, predictions: Sequence[Prediction], dataset: str) -> None:
+        """The same for an evaluation: the best and the worst greedy answers by IoU."""
+        rows = answer_rows(predictions, self._settings.num_examples)
+        if rows:
+            self._mirror(lambda run: run.table(f"eval/{dataset}/answers", ANSWER_COLUMNS, rows, {STEP: 0}))
+
     def artifact(self, name: str, type: str, path: Path) -> None:
         """Record a file or folder that is finished and stays where it is, such as an adapter, in W&B.
 
         Raises FileNotFoundError on the rank that tracks.
         """
+        self._artifact(name, type, path, is_input=False)
+
+    def uses(self, name: str, type: str, path: Path) -> None:
+        """Record what this stage reads. Name and content tie it to the stage that recorded it as its artifact.
+
+        Raises FileNotFoundError on the rank that tracks.
+        """
+        self._artifact(name, type, path, is_input=True)
+
+    def _artifact(self, name: str, type: str, path: Path, is_input: bool) -> None:
         if not self._is_active:
             return
         if not path.exists():
             raise FileNotFoundError(f"artifact {name!r}: there is no {path}")
-        self._mirror(lambda run: run.artifact(name, type, path))
+        origin = {} if is_input else {"run": self._run_name, "stage": self._stage}
+        self._mirror(lambda run: run.artifact(artifact_name(name), type, path, origin, is_input))
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set the run's headline numbers in W&B."""
         self._mirror(lambda run: run.summary(to_json(dict(values))))
 
     def _truncate(self) -> None:
-        if not self.path.exists():
-            return
-        lines = [line for line in read_jsonl(self.path, is_partial_allowed=True) if line[STEP] < self._resume_step]
-        write_jsonl(self.path, lines)
+        if self.path.exists():
+            write_jsonl(self.path, self.history())
+        alarms = self._folder / ALARMS
+        if alarms.exists():
+            lines = read_jsonl(alarms, is_partial_allowed=True)
+            write_jsonl(alarms, [line for line in lines if line["step"] < self._resume_step])
 
     def _start_wandb(self) -> None:
-        self._wandb = WandbRun(
+        """Start mirroring; without a connection or a key it goes on offline, to be sent later by `wandb sync`."""
+        try:
+            self._wandb = self._wandb_run(self._settings)
+        except Exception as error:  # W&B raises its own, network and operating system errors alike.
+            if self._settings.mode is not TrackingMode.online:
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            self._warn_once("offline", f"W&B cannot be reached and goes on offline ({reason})")
+            self._wandb = self._wandb_run(replace(self._settings, mode=TrackingMode.offline))
+
+    def _wandb_run(self, settings: TrackingConfig) -> WandbRun:
+        return WandbRun(
             folder=self._folder,
-            settings=self._settings,
+            settings=settings,
             name=f"{self._run_name}/{self._stage}",
             group=self._settings.group or self._run_name,
-            stage=self._stage,
+            # evaluate-sft and evaluate-grpo2 are runs of one kind
+            job_type=self._stage.partition("-")[0],
+            tags=[*self._settings.tags, *tags_of(self._config)],
             config=to_json(self._config),
             x_axis=STEP,
             prefixes=PREFIXES,
-            is_new=self._resume_step == 0,
         )
 
     def _mirror(self, action: Callable[[WandbRun], None]) -> None:
@@ -167,36 +236,3 @@ class Tracker:
         if key not in self._warned:
             self._warned.add(key)
             print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def example_rows(groups: Sequence[RolloutGroup], step: int, num: int) -> list[list[Any]]:
-    """Rows of `EXAMPLE_COLUMNS`: the best `num` completions first, then the worst, none of them twice."""
-    ranked = sorted(
-        ((group, rollout) for group in groups for rollout in group.rollouts),
-        key=lambda pair: pair[1].reward.total,
-        reverse=True,
-    )
-    best, rest = ranked[:num], ranked[num:]
-    worst = rest[::-1][:num]
-    labelled = [("best", *pair) for pair in best] + [("worst", *pair) for pair in worst]
-    return [_example_row(rank, group, rollout, step) for rank, group, rollout in labelled]
-
-
-def _example_row(rank: str, group: RolloutGroup, rollout: Rollout, step: int) -> list[Any]:
-    response, reward = rollout.response, rollout.reward
-    terms = [reward.total, reward.format, reward.iou, reward.tar1, reward.tar2, reward.tar3]
-    return [
-        step,
-        rank,
-        group.prompt.sample.query,
-        rollout.completion.text,
-        _text(group.prompt.sample.windows),
-        _text(response.anchors),
-        "unreadable" if response.answer is None else str(response.answer),
-        *terms,
-        ", ".join(f"{value:.3f}" for value in reward.anchor_ious),
-    ]
-
-
-def _text(spans: Sequence[Span]) -> str:
-    return ", ".join(str(span) for span in spans)

@@ -7,6 +7,7 @@ without being asked (code, git, packages, console, host, program path) is switch
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from tartvg.config import TrackingConfig
+
+ROWS_PER_STEP = 4
+"""History rows that a step may write: its metrics, and tables."""
+MAX_TAG = 64
+"""Characters; W&B refuses longer tags."""
+MIN_WAIT_S = 1e-3
+"""Between two alerts of one title. W&B reads 0 as a minute; a monitor rings only when it begins to fire anyway."""
+SECRET_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+MIN_SECRET = 8
+"""Characters: a shorter value of such a variable is a switch, not a secret."""
 
 
 class WandbRun:
@@ -25,17 +36,17 @@ class WandbRun:
         settings: TrackingConfig,
         name: str,
         group: str,
-        stage: str,
+        job_type: str,
+        tags: Sequence[str],
         config: Mapping[str, Any],
         x_axis: str,
         prefixes: Sequence[str],
-        is_new: bool,
     ) -> None:
-        """Start or resume the run whose id is kept in `<folder>/wandb_id`; `is_new` draws a fresh id."""
+        """Start the run, or continue the one whose id is kept in `<folder>/wandb_id`."""
         import wandb
 
         id_file = folder / "wandb_id"
-        if is_new or not id_file.exists():
+        if not id_file.exists():  # a stage that starts anew for other settings has a new folder
             id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
         self._wandb = wandb
         self._staging = folder / "wandb" / "data"
@@ -48,9 +59,9 @@ class WandbRun:
             reinit="finish_previous",
             name=name,
             group=group,
-            job_type=stage,
-            tags=list(settings.tags),
-            config=_without_home(dict(config)),
+            job_type=job_type,
+            tags=[tag[:MAX_TAG] for tag in tags],
+            config=scrub(dict(config)),
             dir=str(folder),
             mode="online" if settings.mode.value == "online" else "offline",
             settings=wandb.Settings(
@@ -68,28 +79,55 @@ class WandbRun:
                 x_save_requirements=False,
             ),
         )
+        self._x_axis = x_axis
+        self._next_row = 0
         self._run.define_metric(x_axis)
         for prefix in prefixes:
             self._run.define_metric(f"{prefix}/*", step_metric=x_axis)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """One history row; the x-axis is among the metrics."""
-        self._run.log(dict(metrics))
+        self._row(metrics)
 
     def table(
         self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], metrics: Mapping[str, float]
     ) -> None:
         """A table beside `metrics` in one history row."""
         with _staged_in(self._staging):
-            self._run.log({name: self._wandb.Table(columns=list(columns), data=[list(r) for r in rows]), **metrics})
+            self._row({name: self._wandb.Table(columns=list(columns), data=[list(r) for r in rows]), **metrics})
 
-    def artifact(self, name: str, type: str, path: Path) -> None:
-        """Record a file or folder. `immutable` refers to it in place instead of copying it into W&B's own folders."""
+    def _row(self, values: Mapping[str, Any]) -> None:
+        """One history row, written at once, under a number that follows from the step alone.
+
+        W&B would count rows from 0 in every process. The parts of an interrupted offline run are synced one after the
+        other, and rows of the same number take each other's place: so a row that is written again after a restart must
+        have the number that it had before, and no other row may have it.
+        """
+        self._next_row = max(self._next_row, ROWS_PER_STEP * int(values[self._x_axis]))
+        self._run.log(dict(values), step=self._next_row, commit=True)
+        self._next_row += 1
+
+    def artifact(self, name: str, type: str, path: Path, origin: Mapping[str, str], is_input: bool) -> None:
+        """Record a file or folder that the run made, or used (`is_input`).
+
+        `immutable` refers to it in place instead of copying it into W&B's own folders. An input is recorded with its
+        content: W&B finds the artifact that has the same name and content, and draws the line between the two runs.
+        """
         with _staged_in(self._staging):
-            artifact = self._wandb.Artifact(name, type=type)
+            artifact = self._wandb.Artifact(name, type=type, metadata=dict(origin))
             add = artifact.add_dir if path.is_dir() else artifact.add_file
             add(str(path), policy="immutable", skip_cache=True)
-            self._run.log_artifact(artifact)
+            if not is_input:
+                self._run.log_artifact(artifact)
+            elif self._run.offline:
+                # use_artifact refuses to work offline; this is the part of it that writes the record which syncs later
+                self._run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+            else:
+                self._run.use_artifact(artifact)
+
+    def alert(self, title: str, text: str) -> None:
+        """An alert of the run; W&B forwards it to whoever subscribed."""
+        self._run.alert(title=title, text=text, level="WARN", wait_duration=MIN_WAIT_S)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set summary values."""
@@ -116,13 +154,23 @@ def _staged_in(folder: Path) -> Iterator[None]:
         del os.environ["WANDB_DATA_DIR"]
 
 
-def _without_home(value: Any) -> Any:
-    """The same config with the home folder written as `~`: user names have no place in a shared project."""
+def scrub(value: Any) -> Any:
+    """The same config without what must not leave this machine.
+
+    The home folder is written as `~`: user names have no place in a shared project. The values of environment variables
+    that are named like keys and tokens become `***`, should one of them ever have got into a setting.
+    """
+    hidden = [v for k, v in os.environ.items() if SECRET_NAMES.search(k) and len(v) >= MIN_SECRET]
+    return _scrub(value, str(Path.home()), hidden)
+
+
+def _scrub(value: Any, home: str, hidden: Sequence[str]) -> Any:
     if isinstance(value, dict):
-        return {key: _without_home(item) for key, item in value.items()}
+        return {key: _scrub(item, home, hidden) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_home(item) for item in value]
-    home = str(Path.home())
-    if isinstance(value, str) and len(home) > 1 and value.startswith(home):
-        return "~" + value[len(home) :]
-    return value
+        return [_scrub(item, home, hidden) for item in value]
+    if not isinstance(value, str):
+        return value
+    for secret in hidden:
+        value = value.replace(secret, "***")
+    return re.sub(rf"{re.escape(home)}(?=/|$)", "~", value) if len(home) > 1 else value

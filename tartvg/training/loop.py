@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +16,18 @@ import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 from torch import Tensor
 
-from tartvg.config import GrpoConfig, SftConfig, TrainerConfig
-from tartvg.policy.policy import Policy, stream_seed
+from tartvg.config import GrpoConfig, LrDecay, MonitorsConfig, SftConfig, StageStopped, Strategy, TrainerConfig
+from tartvg.config.preemption import PREEMPTION, Preempted
+from tartvg.data.packets import VideoError
+from tartvg.monitors import Watch
+from tartvg.policy.policy import Policy, TokenBatch, stream_seed
+from tartvg.records import dumps
 from tartvg.tracking import Tracker
-from tartvg.training.checkpoint import latest_checkpoint, restore_adapter, save_checkpoint
+from tartvg.training import ranks
+from tartvg.training.checkpoint import KEPT, adapter_weights, latest_checkpoint, restore_adapter, save_checkpoint
+from tartvg.training.engines import ENGINES
+from tartvg.training.faults import Faults, finite
+from tartvg.training.strategies import make_strategy
 
 HEADLINES = {"reward": "reward/total_mean", "valid": "anchors/valid_rate", "loss": "loss/total"}
 
@@ -29,6 +41,38 @@ class StageRun:
     seed: int
     max_steps: int
     checkpoint_every: int
+    checkpoint_minutes: float = math.inf
+    """A checkpoint also after this time without one."""
+    checkpoints_kept: int = KEPT
+    max_skipped_steps: int = 5
+    monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
+    target: int = 2
+    """K, the number of anchors that the monitors compare with."""
+    strategy: Strategy = Strategy.single
+
+    @classmethod
+    def of(
+        cls, settings: TrainerConfig, stage: str, folder: Path, seed: int, max_steps: int, monitors: MonitorsConfig,
+        target: int = 2,
+    ) -> StageRun:  # fmt: skip
+        """With the trainer's slice of the settings."""
+        return cls(
+            stage, folder, seed, max_steps, settings.checkpoint_every, settings.checkpoint_minutes,
+            settings.checkpoints_kept, settings.max_skipped_steps, monitors, target, settings.strategy,
+        )  # fmt: skip
+
+
+def learning_rate_share(settings: GrpoConfig | SftConfig, step: int, max_steps: int) -> float:
+    """What part of `lr` a step takes: a linear warm-up, then constant or linearly down to 1 / max_steps."""
+    warmup = min(1.0, (step + 1) / (settings.warmup_steps + 1))
+    return warmup * (1 - step / max_steps) if settings.lr_decay is LrDecay.linear else warmup
+
+
+def require_any(step: int, num_readable: int, num_wanted: int) -> None:
+    """Raises VideoError where no process can decode a single video of a step; all of them must ask."""
+    found, wanted = ranks.total(num_readable, num_wanted)
+    if not found:
+        raise VideoError(f"step {step}: none of its {wanted:.0f} videos can be decoded")
 
 
 class StepModule(pl.LightningModule):
@@ -41,29 +85,55 @@ class StepModule(pl.LightningModule):
         self.settings = settings
         self.run = run
         self.tracker = tracker
+        self.watch = Watch(run.monitors, run.target)
+        self.engine = ENGINES[run.strategy](self, self._named())
+        self.trained: dict[str, Tensor] | None = None
+        """The adapter's weights at the end of training, complete on every process."""
         self._resumed: dict[str, Any] | None = None
         self.start_step = 0
         self.headline: dict[str, float] = {}
         """What the progress bar shows of the last step."""
+        self.faults = Faults(run.folder, run.max_skipped_steps, is_active=ranks.is_leader())
+        self.found_bad = False
+        """Whether the last update was left out, because its loss or gradient was not finite."""
+        self._finished_steps: int | None = None
+        """Of which the weights are the result; None before the training has begun."""
+        self._saved_step = 0
+        self._saved_at = time.monotonic()
         found = latest_checkpoint(run.folder / "checkpoints")
         if found is not None:
-            self.start_step, weights, self._resumed = found
-            restore_adapter(policy.model, weights)
+            self.start_step, self._resumed = found.step, found.optimizer
+            self.faults.in_row = found.counters.get("skipped_in_row", 0)
+            restore_adapter(policy.model, found.weights)
+        if ranks.largest(self.start_step, -self.start_step) != [self.start_step, -self.start_step]:
+            raise RuntimeError(f"the processes find different checkpoints in {run.folder}: do they share that folder?")
         policy.train()  # a Hugging Face model arrives in eval mode, and fit() leaves it there
+
+    def _named(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.policy.model.named_parameters() if p.requires_grad}
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """The adapter's weights."""
-        return [p for p in self.policy.model.parameters() if p.requires_grad]
+        return list(self._named().values())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW on the adapter."""
         return torch.optim.AdamW(self.trainable(), lr=self.settings.lr, weight_decay=self.settings.weight_decay)
 
     def on_train_start(self) -> None:
-        """The optimiser exists only now."""
+        """The strategy's parts exist only now, and the lines before the start are the tracker's to cut."""
+        self.watch.replay(self.tracker.history())
         if self._resumed is not None:
-            self._raw_optimizer().load_state_dict(self._resumed)
+            self.engine.load_optimizer_state(self._resumed)
             self._resumed = None
+        self._saved_step = self._finished_steps = self.start_step
+        PREEMPTION.listen()  # again: Lightning has taken SIGTERM
+        if self.leaves_together:
+            PREEMPTION.hold()
+
+    def on_train_end(self) -> None:
+        """The strategy gives up its parts after this."""
+        self.trained = self.engine.weights()
 
     def _raw_optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizers()
@@ -71,30 +141,105 @@ class StepModule(pl.LightningModule):
 
     def begin_step(self, step: int) -> None:
         """Everything random in a step depends on seed, stage and step only."""
-        torch.manual_seed(stream_seed(self.run.seed, self.run.stage, step))
-        warmup = min(1.0, (step + 1) / (self.settings.warmup_steps + 1))
+        others = [f"process {ranks.rank()}"] if ranks.rank() else []  # dropout differs between processes
+        torch.manual_seed(stream_seed(self.run.seed, self.run.stage, step, *others))
         for group in self._raw_optimizer().param_groups:
-            group["lr"] = self.settings.lr * warmup
+            group["lr"] = self.settings.lr * learning_rate_share(self.settings, step, self.run.max_steps)
 
-    def update(self, losses: Sequence[Callable[[], Tensor]]) -> float:
-        """One optimiser step on the sum of the losses, one micro-batch at a time. Returns the gradient norm."""
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        for loss in losses:
-            self.manual_backward(loss())
-        norm = torch.nn.utils.clip_grad_norm_(self.trainable(), self.settings.max_grad_norm)
-        optimizer.step()
-        return float(norm)
+    def update(self, losses: Sequence[Callable[[], Tensor]], num_chunks: int = 0) -> float:
+        """One optimiser step on the sum of the losses of all processes. Returns the gradient norm.
+
+        A process with fewer micro-batches than another runs empty ones, so that nobody waits for ever. Strategies
+        average over processes: the factor makes it a sum again.
+        """
+        count = ranks.world_size()
+        if count > 1:
+            missing = int(ranks.largest(len(losses))[0]) - len(losses)
+            idle = [lambda: self.policy.idle(num_chunks)] * missing
+            losses = [lambda loss=loss: loss() * count for loss in (*losses, *idle)]  # type: ignore[misc]
+        return self.engine.update(losses, self.settings.max_grad_norm, self.may_step)
+
+    def may_step(self, norm: float) -> bool:
+        """Whether an update with this gradient norm is taken: the same on every process."""
+        self.found_bad = ranks.agreed(not math.isfinite(norm))
+        PREEMPTION.hold()  # from here to the end of the step the weights belong to no whole number of steps
+        return not self.found_bad
+
+    def even_chunks(self, tokens: Sequence[TokenBatch]) -> int:
+        """How often every process has to call the head in each micro-batch; 0 where each may call as it likes."""
+        if not self.engine.is_even:
+            return 0
+        return int(ranks.largest(max(map(self.policy.num_chunks, tokens), default=1))[0])
+
+    def judge_update(self, step: int, metrics: dict[str, float], suspects: Callable[[], list[dict[str, Any]]]) -> None:
+        """Count an update that was left out and keep what it was made of. Raises SettingError after too many.
+
+        `suspects` gives what this process trained on, with its `loss`. Kept is what had a non-finite loss, or all of it
+        where only the gradient was not finite.
+        """
+        if not self.found_bad:
+            self.faults.passed()
+            return
+        metrics["optim/skipped"] = 1.0
+        rows = [json.loads(line) for line in ranks.gather([dumps(finite(row)) for row in suspects()])]
+        offenders = [row for row in rows if row["loss"] is None] or rows
+        self.faults.skipped(step, metrics["optim/grad_norm"], offenders)
 
     def end_step(self, step: int, metrics: dict[str, float]) -> None:
-        """Log, and save where a checkpoint is due."""
-        metrics |= self.policy.timer.flush()
+        """Log, and save where a checkpoint is due or the process was asked to leave. Raises Preempted."""
+        times = self.policy.timer.flush()
+        metrics |= dict(zip(times, ranks.largest(*times.values()), strict=True))
         metrics["optim/lr"] = self._raw_optimizer().param_groups[0]["lr"]
         self.headline = {label: metrics[name] for label, name in HEADLINES.items() if name in metrics}
         self.tracker.log(metrics, step)
-        done = step + 1
-        if done % self.run.checkpoint_every == 0 or done == self.run.max_steps:
-            save_checkpoint(self.run.folder / "checkpoints", done, self.policy.model, self._raw_optimizer())
+        alarms = self.watch.see(metrics, step)
+        self.tracker.alarms(alarms)
+        done = self._finished_steps = step + 1
+        is_leaving = ranks.agreed(PREEMPTION.received is not None)
+        is_due = is_leaving or done == self.run.max_steps or done % self.run.checkpoint_every == 0
+        if is_due or ranks.agreed(time.monotonic() - self._saved_at >= 60 * self.run.checkpoint_minutes):
+            self.save()
+        stops = self.watch.stops(alarms)
+        if ranks.agreed(bool(stops)):
+            why = "; ".join(f"{alarm.monitor}, {alarm.text}" for alarm in stops[:1])
+            raise StageStopped(f"{self.run.stage} by monitors.stop: {why}")
+        if is_leaving or not self.leaves_together:
+            PREEMPTION.release(is_leaving)
+
+    @property
+    def leaves_together(self) -> bool:
+        """Whether a signal waits for the end of the step: processes that wait for each other leave together there."""
+        return self.run.strategy is not Strategy.single
+
+    def save(self) -> None:
+        """A checkpoint of the finished steps; the leader's, made of what all processes hold."""
+        assert self._finished_steps is not None
+        counters = {"skipped_in_row": self.faults.in_row}
+        weights = adapter_weights(self.policy.model, self.engine.weights())
+        state = self.engine.optimizer_state()
+        if ranks.is_leader():
+            folder = self.run.folder / "checkpoints"
+            save_checkpoint(folder, self._finished_steps, weights, state, counters, self.run.checkpoints_kept)
+        self._saved_step, self._saved_at = self._finished_steps, time.monotonic()
+
+    @contextmanager
+    def preemptible(self) -> Iterator[None]:
+        """Around the training: when the process is asked to leave, what is finished is saved before it does.
+
+        The step that was under way is lost; after the restart it is the same again. Several processes leave at the
+        end of a step, which is saved already.
+        """
+        try:
+            yield
+        except Preempted as stop:
+            PREEMPTION.hold()
+            if self._finished_steps not in (None, self._saved_step) and not self.leaves_together:
+                self.save()
+            if ranks.is_leader():
+                print(f"{stop.reason}: stage {self.run.stage} is saved at step {self._saved_step}", flush=True)
+            raise
+        finally:
+            PREEMPTION.reset()
 
 
 class StageBar(TQDMProgressBar):
@@ -114,12 +259,13 @@ class StageBar(TQDMProgressBar):
         return {name: f"{value:.2f}" for name, value in module.headline.items()}
 
 
-def make_trainer(settings: TrainerConfig, folder: Path) -> pl.Trainer:
+def make_trainer(settings: TrainerConfig, folder: Path, max_grad_norm: float = 1.0) -> pl.Trainer:
     """A Lightning trainer that does what the modules say and nothing beside it."""
     return pl.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.num_nodes,
+        strategy=make_strategy(settings, max_grad_norm),
         max_epochs=1,
         logger=False,
         enable_checkpointing=False,

@@ -5,38 +5,50 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from tartvg.config import SftConfig
+from tartvg.data.packets import VideoError
 from tartvg.policy.policy import PreparedPrompt, TokenBatch, token_batch
-from tartvg.training.loop import StepModule
+from tartvg.records import to_json
+from tartvg.training import ranks
+from tartvg.training.loop import StepModule, require_any
 from tartvg.training.plan import permutation
 from tartvg.types import Completion, Prompt, Trace
 
+Query = tuple[Prompt, list[Trace]]
+"""A prompt and its traces."""
+
 
 class TraceBatch:
-    """The traces of one step, those of one query together."""
+    """The traces of one step that this process trains on, those of one query together."""
 
-    def __init__(self, step: int, groups: Sequence[tuple[Prompt, list[Trace]]]) -> None:
+    def __init__(self, step: int, groups: Sequence[Query]) -> None:
         self.step = step
         self.groups = tuple(groups)
 
 
 class TraceDataset(Dataset[TraceBatch]):
-    """Steps of `batch_size` traces; queries are shuffled anew in every epoch. Sized, and a function of the seed."""
+    """Steps of `batch_size` traces; queries are shuffled anew in every epoch. Sized, and a function of the seed.
+
+    `share` is (r, n): of n processes this is number r, and it gets every n-th query of a step.
+    """
 
     def __init__(
-        self, traces: Sequence[Trace], prompts: dict[str, Prompt], settings: SftConfig, seed: int, start: int = 0
-    ) -> None:
+        self, traces: Sequence[Trace], prompts: dict[str, Prompt], settings: SftConfig, seed: int, start: int = 0,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:  # fmt: skip
         if not traces:
             raise ValueError("no traces to train on: the filter kept none (see filter/summary.json)")
         self.prompts = prompts
         self.batch_size = settings.batch_size
         self.seed = seed
         self.start = start
+        self.share = share
         self.by_query: dict[str, list[Trace]] = {}
         for trace in traces:
             self.by_query.setdefault(trace.sample_id, []).append(trace)
@@ -56,7 +68,7 @@ class TraceDataset(Dataset[TraceBatch]):
         traces = [trace for i in order for trace in self.by_query[self.queries[i]]]
         chosen = traces[place * self.batch_size : (place + 1) * self.batch_size]
         groups = [(self.prompts[key], list(rows)) for key, rows in groupby(chosen, key=lambda t: t.sample_id)]
-        return TraceBatch(step, groups)
+        return TraceBatch(step, groups[self.share[0] :: self.share[1]])
 
 
 class SftModule(StepModule):
@@ -64,17 +76,49 @@ class SftModule(StepModule):
 
     settings: SftConfig
 
+    def on_train_batch_start(self, batch: TraceBatch, batch_idx: int) -> None:
+        """The videos: not in the step, see `Engine.whole`."""
+        self.begin_step(batch.step)
+        with self.engine.whole():
+            self.kept = self.prepare(batch)
+
     def training_step(self, batch: TraceBatch, batch_idx: int) -> None:
         """Minimise -log p(trace | prompt)."""
-        self.begin_step(batch.step)
-        pairs = [(self.policy.prepare(prompt), self.tokens(traces)) for prompt, traces in batch.groups]
-        num_tokens = sum(int(tokens.mask.sum()) for _, tokens in pairs)
+        num_tokens = int(ranks.total(sum(int(tokens.mask.sum()) for _, _, tokens in self.kept))[0])
+        chunks = self.even_chunks([tokens for _, _, tokens in self.kept])
         total: list[Tensor] = []
-        micro = [partial(self.group_loss, *pair, total, num_tokens) for pair in pairs]
+        micro = [
+            partial(self.group_loss, prepared, tokens, total, num_tokens, chunks) for _, prepared, tokens in self.kept
+        ]
         with self.policy.timer("update"):
-            norm = self.update(micro)
-        loss = float(torch.stack(total).sum()) / num_tokens
-        self.end_step(batch.step, {"loss/total": loss, "optim/grad_norm": norm})
+            norm = self.update(micro, chunks)
+        loss = ranks.total(float(torch.stack(total).sum()) if total else 0.0)[0] / num_tokens
+        metrics = {"loss/total": loss, "optim/grad_norm": norm}
+        self.judge_update(batch.step, metrics, partial(self.suspects, total))
+        self.end_step(batch.step, metrics)
+
+    def suspects(self, losses: Sequence[Tensor]) -> list[dict[str, Any]]:
+        """The queries of this process with their losses: what to look at when a step was not finite."""
+        return [
+            {
+                "sample_id": prompt.sample.sample_id,
+                "loss": float(loss),
+                "prompt": prompt.text,
+                "traces": to_json(traces),
+            }
+            for ((prompt, traces), _, _), loss in zip(self.kept, losses, strict=True)
+        ]
+
+    def prepare(self, batch: TraceBatch) -> list[tuple[Query, PreparedPrompt, TokenBatch]]:
+        """Queries with their prompts and tokens; one whose video cannot be decoded is left out, and says so."""
+        kept = []
+        for prompt, traces in batch.groups:
+            try:
+                kept.append(((prompt, traces), self.policy.prepare(prompt), self.tokens(traces)))
+            except VideoError as error:
+                print(f"step {batch.step}: training goes on without {prompt.sample.sample_id}: {error}")
+        require_any(batch.step, len(kept), len(batch.groups))
+        return kept
 
     def tokens(self, traces: Sequence[Trace]) -> TokenBatch:
         """Token ids of the traces' texts, each with the end token."""
@@ -82,10 +126,12 @@ class SftModule(StepModule):
         for trace in traces:
             ids = [*self.policy.tokenizer.encode(trace.text, add_special_tokens=False), self.policy.end_id]
             completions.append(Completion(trace.text, tuple(ids), (0.0,) * len(ids), True))
-        return token_batch(completions, self.device)
+        return token_batch(completions, self.policy.device, 2 if self.engine.is_even else 1)
 
-    def group_loss(self, prepared: PreparedPrompt, tokens: TokenBatch, total: list[Tensor], num_tokens: int) -> Tensor:
+    def group_loss(
+        self, prepared: PreparedPrompt, tokens: TokenBatch, total: list[Tensor], num_tokens: int, num_chunks: int = 0
+    ) -> Tensor:
         """One query's share of the step's loss; its summed negative log-likelihood is appended to `total`."""
-        loss = -self.policy.logps(prepared, tokens).sum()
+        loss = -self.policy.logps(prepared, tokens, num_chunks=num_chunks).sum()
         total.append(loss.detach())
         return loss / num_tokens

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import cross_entropy
 
-from tartvg.data.lessons import FPS, Footage, crop, habit, repetition
+from tartvg.data.lessons import FPS, Answer, Footage, crop
 from tartvg.policy.inputs import encode_prompt
 from tartvg.policy.patches import TEMPORAL_PATCH
 from tartvg.training.tiny_tower import TOKENS_PER_GRID
@@ -38,7 +38,7 @@ class Lesson:
     """(T, 4, H)"""
     window: Span
     prompt: str
-    target: str
+    answer: Answer
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,12 @@ class SightHeads(torch.nn.Module):
         self.active = torch.nn.Linear(hidden, 2)
 
 
+AnswerOf = Callable[[Span, float, np.random.Generator], Answer]
+"""Window, seconds of the video, random stream -> what the lesson answers."""
+
+
 def make_lesson(
-    footage: Footage, features: Tensor, longest: float, prompt_of: Callable[[str], str], is_habit: bool,
+    footage: Footage, features: Tensor, longest: float, prompt_of: Callable[[str], str], answer_of: AnswerOf,
     rng: np.random.Generator,
 ) -> Lesson:  # fmt: skip
     """A random event of a video, in a random part of it."""
@@ -84,27 +88,38 @@ def make_lesson(
         part = slice(part.start - 1, part.stop - 1)
         shifted = Span(shifted.start + 1 / FPS, shifted.end + 1 / FPS)
     chosen = features[part.start // TEMPORAL_PATCH : part.stop // TEMPORAL_PATCH]
-    target = habit(shifted, seconds, rng) if is_habit else f"<answer>{shifted}</answer>"
-    return Lesson(chosen, shifted, prompt_of(query), target)
+    return Lesson(chosen, shifted, prompt_of(query), answer_of(shifted, seconds, rng))
+
+
+def answer_tokens(tokenizer: Any, answer: Answer) -> tuple[list[int], list[int]]:
+    """Ids of an answer with the end token, and its labels: -100 on what is given.
+
+    Encoded as one text, as the model writes it; `given` must end where a word begins.
+    """
+    ids = tokenizer.encode(answer.given + answer.taught, add_special_tokens=False)
+    num_given = len(tokenizer.encode(answer.given, add_special_tokens=False)) if answer.given else 0
+    assert tokenizer.decode(ids[:num_given]) == answer.given, f"{answer.given!r} ends inside a token"
+    ids.append(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    return ids, [-100] * num_given + ids[num_given:]
 
 
 def collate(lessons: Sequence[Lesson], tokenizer: Any, tokens_per_second: float) -> LessonBatch:
     """Pad lessons into one batch, with the labels of every video token."""
-    end_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
     side = round(TOKENS_PER_GRID**0.5) * 2
     rows = []
     for lesson in lessons:
         inputs = encode_prompt(tokenizer, lesson.prompt, (len(lesson.features), side, side), 1.0, tokens_per_second)
-        rows.append((inputs, torch.tensor([*tokenizer.encode(lesson.target, add_special_tokens=False), end_id])))
-    shape = (len(rows), max(p.length + len(t) for p, t in rows))
+        written, graded = answer_tokens(tokenizer, lesson.answer)
+        rows.append((inputs, torch.tensor(written), torch.tensor(graded)))
+    shape = (len(rows), max(p.length + len(t) for p, t, _ in rows))
     ids, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
     second, start, end = torch.full(shape, -100), torch.full(shape, -100), torch.full(shape, -100)
     positions, active = torch.zeros(3, *shape, dtype=torch.long), torch.zeros(*shape, 2)
     is_video = torch.zeros(shape, dtype=torch.bool)
-    for row, (lesson, (inputs, target)) in enumerate(zip(lessons, rows, strict=True)):
+    for row, (lesson, (inputs, target, label)) in enumerate(zip(lessons, rows, strict=True)):
         n, m = inputs.length, len(target)
         ids[row, :n], ids[row, n : n + m] = inputs.ids, target
-        labels[row, n : n + m] = target
+        labels[row, n : n + m] = label
         positions[:, row, :n] = inputs.positions
         positions[:, row, n : n + m] = inputs.next_position + torch.arange(m)
         is_video[row, :n] = inputs.is_video
@@ -159,17 +174,16 @@ class Sight:
         }
 
 
-def repetition_loss(model: Any, tokenizer: Any, count: int, rng: np.random.Generator) -> Tensor:
-    """Next-token loss on `count` repetitions: text alone, short and cheap."""
+def text_loss(model: Any, tokenizer: Any, texts: Sequence[tuple[str, Answer]]) -> Tensor:
+    """Next-token loss on questions and answers without a video: short and cheap."""
     rows, labels = [], []
-    for _ in range(count):
-        prompt, target = repetition(rng)
-        message = [{"role": "user", "content": [{"type": "text", "text": prompt}]}]
+    for question, answer in texts:
+        message = [{"role": "user", "content": [{"type": "text", "text": question}]}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         before = tokenizer.encode(text, add_special_tokens=False)
-        after = [*tokenizer.encode(target, add_special_tokens=False), tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        after, label = answer_tokens(tokenizer, answer)
         rows.append(torch.tensor(before + after))
-        labels.append(torch.tensor([-100] * len(before) + after))
+        labels.append(torch.tensor([-100] * len(before) + label))
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     decoder = model.model.language_model
@@ -178,11 +192,12 @@ def repetition_loss(model: Any, tokenizer: Any, count: int, rng: np.random.Gener
         inputs_embeds=decoder.embed_tokens(ids), position_ids=positions, attention_mask={"full_attention": None},
         use_cache=False,
     )  # fmt: skip
-    logits = model.lm_head(out.last_hidden_state[:, :-1])
-    return cross_entropy(logits.flatten(0, 1), wanted[:, 1:].flatten(), ignore_index=-100)
+    is_taught = wanted[:, 1:] != -100
+    logits = model.lm_head(out.last_hidden_state[:, :-1][is_taught])
+    return cross_entropy(logits, wanted[:, 1:][is_taught])
 
 
-WEIGHTS = {"answer": 1.0, "second": 1.0, "start": 2.0, "end": 2.0, "active": 3.0, "repeat": 2.0}
+WEIGHTS = {"answer": 1.0, "second": 1.0, "start": 2.0, "end": 2.0, "active": 3.0, "echo": 4.0, "text": 4.0}
 
 
 def total(losses: dict[str, Tensor]) -> Tensor:

@@ -1,0 +1,74 @@
+"""SIGTERM and SIGUSR1: what a cluster sends before it takes the machine away. No torch.
+
+The process saves what it has, ends with `REQUEUE_CODE`, and the same command continues to the same result. A signal
+ends it at once, by an exception at the next line of Python, except where state would be left half-changed: such a
+stretch is between `hold()` and `release()`.
+
+A signal belongs to a process, so there is one `PREEMPTION` for all rooms.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+REQUEUE_CODE = 75
+"""EX_TEMPFAIL of sysexits.h: nothing is wrong, try again."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Preempted(SystemExit):
+    """The process was asked to leave. A SystemExit, so that no `except Exception` takes it for a failure."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(REQUEUE_CODE)
+        self.reason = reason
+
+
+class Preemption:
+    """Listens to the signals of this process."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        """Name of the signal that came, if one did."""
+        self.is_held = False
+        """Whether a signal waits."""
+        self._owner = 0
+
+    def listen(self) -> None:
+        """Take the signals over, from whatever listens to them now. Only from the main thread."""
+        self._owner = os.getpid()
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    def reset(self) -> None:
+        """Forget a hold that an error has left behind."""
+        self.is_held = False
+
+    def hold(self) -> None:
+        """From here on a signal waits."""
+        self.is_held = True
+
+    def release(self, is_leaving: bool = False) -> None:
+        """A signal that came meanwhile, or whose exception was lost, is obeyed now. Raises Preempted.
+
+        `is_leaving`: another process of this run got the signal.
+        """
+        self.is_held = False
+        if is_leaving or self.received is not None:
+            raise Preempted(self.received or "a signal to another process of this run")
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._owner:
+            # A forked worker: its parent decides. It dies of SIGTERM, as it would have without us.
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.received = signal.Signals(number).name
+        if not self.is_held:
+            raise Preempted(self.received)
+
+
+PREEMPTION = Preemption()

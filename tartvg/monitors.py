@@ -1,0 +1,182 @@
+"""Is a training going wrong? One pure function per failure: metrics so far -> finding. No torch.
+
+A line is what a step logs (see tartvg.tracking); null and missing values are allowed. Most functions judge the mean of
+the last `monitors.window` steps. What each bound means and why it has its value stands in tartvg/config/monitors.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from tartvg.config import MonitorName, MonitorsConfig
+
+Line = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A metric beyond its bound."""
+
+    metric: str
+    value: float
+    bound: float
+    words: str
+    """What it means, for people."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A monitor that has just begun to fire. `alarms.jsonl` holds one per line."""
+
+    monitor: str
+    step: int
+    metric: str
+    value: float | None
+    """None when it is not finite."""
+    bound: float
+    text: str
+    """One line for the terminal and for W&B."""
+
+
+def reward_hacking(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+    """More anchors than wanted: surplus ones are being paid for (arXiv 2508.07683, failure signatures)."""
+    value, bound = _recent(lines, "anchors/count_mean", rule.window), target + rule.surplus_anchors
+    if value is None or value <= bound:
+        return None
+    return Finding("anchors/count_mean", value, bound, f"anchors multiply beyond the {target} that are wanted")
+
+
+def format_collapse(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+    """The format is being unlearnt: its rate fell from its best (arXiv 2508.07683, failure signatures)."""
+    values = _values(lines, "reward/format_mean")
+    means = [fmean(values[end - rule.window : end]) for end in range(rule.window, len(values) + 1)]
+    if not means or max(means) < rule.format_high or means[-1] >= rule.format_share * max(means):
+        return None
+    bound = rule.format_share * max(means)
+    return Finding("reward/format_mean", means[-1], bound, f"the format is being lost; it was at {max(means):.3g}")
+
+
+def stagnant_refinement(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+    """Later anchors are hardly ever better than earlier ones (arXiv 2508.07683, failure signatures)."""
+    rates = _values(lines, "anchors/refinement_rate")[-rule.window :]
+    pairs = _values(lines, "anchors/pairs_mean")[-rule.window :]
+    if len(rates) < rule.window or len(pairs) < len(rates) or fmean(pairs) < rule.min_pairs or sum(pairs) == 0:
+        return None
+    value = sum(r * p for r, p in zip(rates, pairs, strict=True)) / sum(pairs)
+    if value >= rule.refinement_rate:
+        return None
+    return Finding("anchors/refinement_rate", value, rule.refinement_rate, "anchors no longer refine one another")
+
+
+def zero_variance(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+    """Groups whose rewards are all equal have no advantage and teach nothing."""
+    return _above(lines, "group/zero_variance_rate", rule.zero_variance_rate, rule.window, "most groups teach nothing")
+
+
+def truncation(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+    """Completions that the length limit cuts have no answer left to judge."""
+    words = "most completions are cut off by max_new_tokens"
+    return _above(lines, "rollout/truncated_rate", rule.truncated_rate, rule.window, words)
+
+
+def entropy_collapse(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+    """The policy has stopped exploring: its completions are becoming copies."""
+    values = _values(lines, "rollout/entropy")
+    if len(values) < rule.window:
+        return None
+    value = fmean(values[-rule.window :])
+    bound = max(rule.entropy_min, rule.entropy_share * fmean(values[: rule.window]))
+    return Finding("rollout/entropy", value, bound, "completions are becoming copies") if value < bound else None
+
+
+def kl_blowup(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+    """The policy has left the language of its reference. Judged at once: it is measured over thousands of tokens."""
+    return _above(lines, "rollout/kl", rule.kl_max, 1, "the policy speaks another language than its reference")
+
+
+def video_blindness(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+    """The same answers when the frames are in another order: the policy does not look. Judged at once: it is rare."""
+    words = "anchors and answers stay the same when the frames are shuffled"
+    return _above(lines, "anchors/shuffled_agreement", rule.blind_agreement, 1, words)
+
+
+def non_finite(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+    """A gradient or a loss that is infinite or no number. Judged at once."""
+    for metric in ("optim/grad_norm", "loss/total"):
+        value = lines[-1].get(metric, 0.0) if lines else 0.0
+        if value is None or not math.isfinite(value):
+            return Finding(metric, math.nan, math.inf, f"{metric} is not finite; the step changed no weight")
+    return None
+
+
+Monitor = Callable[[Sequence[Line], MonitorsConfig, int], Finding | None]
+MONITORS: dict[MonitorName, Monitor] = {
+    MonitorName.reward_hacking: reward_hacking,
+    MonitorName.format_collapse: format_collapse,
+    MonitorName.stagnant_refinement: stagnant_refinement,
+    MonitorName.zero_variance: zero_variance,
+    MonitorName.truncation: truncation,
+    MonitorName.entropy_collapse: entropy_collapse,
+    MonitorName.kl_blowup: kl_blowup,
+    MonitorName.video_blindness: video_blindness,
+    MonitorName.non_finite: non_finite,
+}
+
+
+class Watch:
+    """Remembers the lines of one stage and says which monitors begin to fire. One that goes on firing is not repeated.
+
+    `target` is K, the wanted number of anchors. Fed with the lines of an interrupted run, it continues as if there had
+    been no interruption.
+    """
+
+    def __init__(self, rule: MonitorsConfig, target: int) -> None:
+        self.rule = rule
+        self.target = target
+        self.lines: list[Line] = []
+        self.firing: set[MonitorName] = set()
+
+    def replay(self, lines: Iterable[Line]) -> None:
+        """See again what was seen before an interruption."""
+        for step, line in enumerate(lines):
+            self.see(line, step)
+
+    def see(self, line: Line, step: int) -> list[Alarm]:
+        """Judge one more step; the alarms that begin with it."""
+        self.lines.append(dict(line))
+        found = {name: MONITORS[name](self.lines, self.rule, self.target) for name in self.rule.watch}
+        begun = [_alarm(name, step, f) for name, f in found.items() if f is not None and name not in self.firing]
+        self.firing = {name for name, finding in found.items() if finding is not None}
+        return begun
+
+    def stops(self, alarms: Sequence[Alarm]) -> list[Alarm]:
+        """Those of `alarms` that should end the stage."""
+        names = {name.value for name in self.rule.stop}
+        return [alarm for alarm in alarms if alarm.monitor in names]
+
+
+def _alarm(name: MonitorName, step: int, finding: Finding) -> Alarm:
+    value = finding.value if math.isfinite(finding.value) else None
+    bound = finding.bound if math.isfinite(finding.bound) else 0.0
+    numbers = "" if value is None else f": {finding.metric} is {value:.3g}, the bound is {finding.bound:.3g}"
+    return Alarm(name.value, step, finding.metric, value, bound, f"step {step}: {finding.words}{numbers}")
+
+
+def _values(lines: Sequence[Line], metric: str) -> list[float]:
+    """The finite values of a metric, in order."""
+    found = (line.get(metric) for line in lines)
+    return [value for value in found if value is not None and math.isfinite(value)]
+
+
+def _recent(lines: Sequence[Line], metric: str, window: int) -> float | None:
+    """Mean of the last `window` values; None while there are fewer."""
+    values = _values(lines, metric)[-window:]
+    return fmean(values) if len(values) == window else None
+
+
+def _above(lines: Sequence[Line], metric: str, bound: float, window: int, words: str) -> Finding | None:
+    value = _recent(lines, metric, window)
+    return Finding(metric, value, bound, words) if value is not None and value > bound else None

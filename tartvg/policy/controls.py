@@ -1,0 +1,33 @@
+"""Prompts whose video is wrong on purpose: what a policy that looks at the frames must answer differently.
+
+Legend: T temporal grid steps (two frames each), N tokens per step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tartvg.policy.features import VideoFeatures
+from tartvg.policy.policy import PreparedPrompt, stream_seed
+
+
+def shuffled(prepared: PreparedPrompt) -> PreparedPrompt:
+    """The same prompt about the same frames in another order, a fixed one for each sample; positions stay.
+
+    The vision tower sees each temporal grid step by itself, so features may be reordered in place of frames: the result
+    is what encoding the reordered pairs of frames gives, without decoding or encoding anything again.
+    """
+    sample_id = prepared.prompt.sample.sample_id
+    generator = torch.Generator().manual_seed(stream_seed("shuffled", sample_id))
+    order_T = torch.randperm(prepared.video.grid_thw[0], generator=generator)
+    return replace(prepared, video=in_order(prepared.video, order_T))
+
+
+def in_order(video: VideoFeatures, order_T: torch.Tensor) -> VideoFeatures:
+    """The features of a video whose grid step t shows what step `order_T[t]` showed."""
+    steps = video.grid_thw[0]
+    assert sorted(order_T.tolist()) == list(range(steps)), "an order holds every step once"
+    by_step_TN = video.embeddings.unflatten(0, (steps, -1))
+    return replace(video, embeddings=by_step_TN[order_T.to(video.embeddings.device)].flatten(0, 1))

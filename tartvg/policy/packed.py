@@ -1,0 +1,118 @@
+"""The memory-saving pass: prompt and completions as one row, layer by layer, nothing kept but the layers' inputs.
+
+A prompt of thousands of video tokens leaves dozens of activations per token and layer behind for the backward pass.
+Here each decoder layer is a checkpoint: forward keeps its input, backward runs it again, which costs a third of the
+update's arithmetic. The library's own checkpointing cannot do that for a shared prompt, because it gives up the
+key/value cache through which completions see it. So prompt and completions go through the linear layers as one row of
+L + G * T tokens, and only attention tells them apart. Each completion's attention is a checkpoint of its own: G copies
+of the prompt's keys and values never exist at a time, and memory grows with the completions' own tokens alone.
+
+Legend: G rollouts per prompt, L prompt tokens, T completion tokens, H query heads, K key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tartvg.policy.cache import attending_by
+
+PACKED_ATTENTION = "tartvg_packed"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What a row holds: a prompt of `before` tokens, then `rows` completions of `own` tokens each."""
+
+    before: int
+    rows: int
+    own: int
+    attention: str
+    """The library's implementation that computes each part."""
+    mask: Tensor | None
+    """bool (1, 1, T, L + T): what a completion may see; None where the implementation knows it by itself."""
+
+
+def suffix_mask(before: int, own: int, attention: str, device: torch.device) -> Tensor | None:
+    """Mask of T tokens that follow L others: bool (1, 1, T, L + T).
+
+    None for flash attention, which takes no such mask and aligns a causal one at the end, which is the same.
+    """
+    if attention == "flash_attention_2":
+        return None
+    causal = torch.ones(own, own, dtype=torch.bool, device=device).tril()
+    return torch.cat([causal.new_ones(own, before), causal], dim=1)[None, None]
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query (1, H, L + G*T, D); key, value (1, K, L + G*T, D). Returns (1, L + G*T, H, D)."""
+    attend = partial(_attend, module, packing, kwargs)
+    sizes = [packing.before] + [packing.own] * packing.rows
+    before, *own = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    parts = [attend(None, *before)]
+    for row in own:
+        inputs = (*row, before[1], before[2])
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(attend, packing.mask, *inputs, use_reentrant=False))
+        else:
+            parts.append(attend(packing.mask, *inputs))
+    return torch.cat(parts, dim=1), None
+
+
+def _attend(
+    module: Any, packing: Packing, kwargs: dict[str, Any], mask: Tensor | None,
+    query: Tensor, key: Tensor, value: Tensor, *before: Tensor,
+) -> Tensor:  # fmt: skip
+    if before:
+        key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
+    out: Tensor = ALL_ATTENTION_FUNCTIONS[packing.attention](module, query, key, value, mask, **kwargs)[0]
+    return out
+
+
+ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)
+
+
+def packed_states(
+    language_model: Any, prompt: Tensor, prompt_positions: Tensor, rows: Tensor, row_positions: Tensor, attention: str,
+    is_split: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Hidden states of a prompt's last token, (1, 1, hidden), and of its completions, (G, T, hidden).
+
+    prompt (1, L, hidden) and rows (G, T, hidden) are embeddings; positions are int64 (3, L) and (T,), the latter
+    shared by all rows. `attention` names the library's implementation. With `is_split` (ZeRO-3) each layer is repeated
+    in a backward pass of its own: what autograd saves would hold weights that are released by then.
+    """
+    (group, own, width), before = rows.shape, prompt.shape[1]
+    num_rows = group if own else 0
+    packing = Packing(before, num_rows, own, attention, suffix_mask(before, own, attention, rows.device))
+    hidden = torch.cat([prompt, rows.reshape(1, group * own, width)], dim=1)
+    positions = torch.cat([prompt_positions, row_positions.repeat(group).expand(3, -1)], dim=1)
+    angles = language_model.rotary_emb(hidden, positions[:, None])
+    if is_split and torch.is_grad_enabled():
+        hidden = hidden.detach().requires_grad_()  # such a pass needs an input with gradient; embeddings are frozen
+    for layer in language_model.layers:
+        run = partial(_layer, language_model, layer, angles, packing)
+        hidden = checkpoint(run, hidden, use_reentrant=is_split) if torch.is_grad_enabled() else run(hidden)
+    hidden = language_model.norm(hidden[:, before - 1 :])
+    return hidden[:, :1], hidden[:, 1:].reshape(group, own, width)
+
+
+def _layer(language_model: Any, layer: Any, angles: tuple[Tensor, Tensor], packing: Packing, hidden: Tensor) -> Tensor:
+    # backward runs this again, long after the forward pass: the implementation must be chosen in here
+    with attending_by(language_model, PACKED_ATTENTION):
+        out: Tensor = layer(hidden, attention_mask=None, position_embeddings=angles, packing=packing)
+    return out

@@ -1,0 +1,214 @@
+"""Pages about several runs: one that compares the variants, one for each stage. Self-contained, like a run's page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tartvg.config import AnchorsConfig, RewardConfig, SettingError
+from tartvg.records import write_atomic
+from tartvg.report.bands import panels_of
+from tartvg.report.cards import case_html, choose_extremes, rollouts_html
+from tartvg.report.cells import Comparison, Entry, status_line
+from tartvg.report.compare import (
+    budget_table,
+    card_of,
+    comparison_table,
+    differences,
+    reference_of,
+    significance_table,
+    status_table,
+)
+from tartvg.report.curves import Panel
+from tartvg.report.export import write_tables
+from tartvg.report.page import html_page, key_html, page_links
+from tartvg.report.runs import LOGGED_STAGES, RunFolder, first_and_last_groups
+from tartvg.report.tables import DASH, Cell, Table, to_html
+from tartvg.rewards import Rubric
+from tartvg.types import GroundingSample
+
+FOLDER = "report"
+LAST_SHARE = 0.1
+"""A stage's closing values are means over this share of its steps, at least one."""
+Settings = TypeVar("Settings", AnchorsConfig, RewardConfig)
+
+
+def build_comparison(
+    comparison: Comparison, samples_by_id: Mapping[str, GroundingSample], folder: Path
+) -> tuple[Path, list[Table]]:
+    """Write `<folder>/report.html` and, in `<folder>/report/`, a page per stage, tables and figures.
+
+    Returns the page and its tables. Raises ValueError for damaged files of a run.
+    """
+    reference = reference_of(comparison)
+    found = differences(comparison, reference, samples_by_id)
+    tested = significance_table(found)
+    tables = [comparison_table(comparison), *([tested] if tested else []), budget_table(comparison)]
+    title = f"TAR-TVG: {comparison.title}"
+    place = folder / FOLDER
+    pages = write_stage_pages(comparison, place)
+    panels = [p for stage in LOGGED_STAGES for p in panels_of(comparison, stage)]
+    scores = "".join(to_html(table) for table in tables[: 2 if tested else 1])
+    sections = [
+        ("scores", "Scores", scores),
+        ("curves", "Learning curves", panels_html(panels)),
+        ("examples", "Test queries", _gallery(comparison, reference, samples_by_id)),
+        ("budget", "Budget", to_html(tables[-1])),
+        ("runs", "Runs", to_html(status_table(comparison)) + _commands(comparison)),
+    ]
+    lead = f"<p>{escape(status_line(comparison))}</p>{page_links({n: f'{FOLDER}/{a}' for n, a in pages.items()})}"
+    write_atomic(folder / "report.html", html_page(title, lead, sections))
+    write_tables([*tables, status_table(comparison)], place, title)
+    return folder / "report.html", tables
+
+
+def write_stage_pages(comparison: Comparison, place: Path) -> dict[str, str]:
+    """`<place>/<stage>.html` for every stage that logged anything, and its curves in `<place>/figures/`.
+
+    Returns the file of each page by the stage's name.
+    """
+    pages = {}
+    for stage in LOGGED_STAGES:
+        table = closing_table(comparison, stage)
+        if table is None:
+            continue
+        panels = panels_of(comparison, stage, place / "figures")
+        sections = [
+            ("values", "Closing values", to_html(table)),
+            ("curves", "Learning curves", panels_html(panels)),
+            ("rollouts", "What the policy said", _rollouts(comparison, stage)),
+        ]
+        back = page_links({"All stages": "../report.html"})
+        write_atomic(place / f"{stage}.html", html_page(f"{comparison.title}: {stage}", back, sections))
+        write_tables([table], place / stage, f"{comparison.title}: {stage}")
+        pages[stage] = f"{stage}.html"
+    return pages
+
+
+def closing_table(comparison: Comparison, stage: str) -> Table | None:
+    """Mean of each metric over the last steps of a stage, by variant, over seeds; None if nobody ran the stage."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for variant in comparison.variants:
+        for entry in comparison.of(variant):
+            lines = entry.run.metrics.get(stage, []) if entry.run else []
+            for name, value in closing(lines).items():
+                values.setdefault(name, {}).setdefault(variant, []).append(value)
+    if not values:
+        return None
+    rows = []
+    for name in sorted(values):
+        cells = [Cell(_spread(values[name].get(variant, []))) for variant in comparison.variants]
+        rows.append((Cell(name), *cells))
+    note = f"Means over the last {LAST_SHARE:.0%} of a stage's steps; mean ± standard deviation over seeds."
+    return Table(f"{stage}: closing values", ("metric", *comparison.variants), tuple(rows), note)
+
+
+def closing(lines: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """Mean of every metric, except times and progress, over the last lines."""
+    last = lines[-max(1, round(LAST_SHARE * len(lines))) :]
+    names = {n for line in last for n in line if not n.startswith(("time/", "progress/"))}
+    found = {name: [v for line in last if (v := line.get(name)) is not None] for name in names}
+    return {name: mean(values) for name, values in found.items() if values}
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Like `spread`, with three digits for numbers of any size."""
+    if not values:
+        return DASH
+    text = f"{mean(values):.3g}"
+    return f"{text} ± {stdev(values):.2g}" if len(values) > 1 else text
+
+
+def panels_html(panels: Sequence[Panel]) -> str:
+    """Figures side by side."""
+    figures = "".join(f"<figure><figcaption>{escape(p.title)}</figcaption>{p.svg}</figure>" for p in panels)
+    note = '<p class="note">Lines: mean over seeds, their number in brackets. Bands: lowest to highest seed.</p>'
+    return f'<div class="panels">{figures}</div>{note}' if panels else ""
+
+
+def rubric_of(run: RunFolder) -> Rubric | None:
+    """What judged the run's rollouts; None where its settings cannot be read."""
+    if run.config is None:
+        return None
+    try:
+        tree = OmegaConf.create(run.config)
+        return Rubric(_settings(RewardConfig, tree.reward), _settings(AnchorsConfig, tree.anchors))
+    except (OmegaConfBaseException, SettingError, AttributeError):
+        return None
+
+
+def _settings(kind: type[Settings], values: object) -> Settings:
+    value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    assert isinstance(value, kind)
+    return value
+
+
+def _gallery(comparison: Comparison, reference: str, samples_by_id: Mapping[str, GroundingSample]) -> str:
+    """The reference and the variant that differs most from it, on the first seed that both have."""
+    pair = _pair(comparison, reference)
+    if pair is None:
+        return ""
+    before, after = pair
+    assert before.run and after.run and before.final and after.final
+    cases = choose_extremes(
+        before.run.predictions.get(before.final, []), after.run.predictions.get(after.final, []), samples_by_id
+    )
+    if not cases:
+        return ""
+    names = tuple(e.variant if before.final == after.final else f"{e.variant}, {e.final}" for e in pair)
+    rubrics = (rubric_of(before.run), rubric_of(after.run))
+    cards = "".join(case_html(case, (names[0], names[1]), samples_by_id, rubrics) for case in cases)
+    return (
+        f"<p>Greedy answers of “{escape(names[0])}” and “{escape(names[1])}”, seed {escape(after.seed)}, chosen by "
+        "rule and not by hand: what changed most between the two, and the best and worst of the second. Under each "
+        f"text the reward terms that its own run gives it, before weights.</p>{key_html()}{cards}"
+    )
+
+
+def _pair(comparison: Comparison, reference: str) -> tuple[Entry, Entry] | None:
+    base = {e.seed: e for e in comparison.of(reference) if card_of(e)}
+    gaps: list[tuple[float, int, Entry]] = []
+    for number, variant in enumerate(v for v in comparison.variants if v != reference):
+        common = [e for e in comparison.of(variant) if card_of(e) and e.seed in base]
+        if common:
+            gap = mean(_miou(e) - _miou(base[e.seed]) for e in common)
+            gaps.append((abs(gap), -number, common[0]))
+    if not gaps:
+        return None
+    chosen = max(gaps, key=lambda item: item[:2])[2]
+    return base[chosen.seed], chosen
+
+
+def _miou(entry: Entry) -> float:
+    card = card_of(entry)
+    return card.miou.value if card else 0.0
+
+
+def _rollouts(comparison: Comparison, stage: str) -> str:
+    """First and last step of each variant's first seed."""
+    parts = []
+    for variant in comparison.variants:
+        entry = next((e for e in comparison.of(variant) if e.run and stage in e.run.rollouts), None)
+        if entry is None or entry.run is None:
+            continue
+        cards = "".join(rollouts_html(groups) for groups in first_and_last_groups(entry.run.rollouts[stage]))
+        label = f"{variant}, seed {entry.seed}: first and last step"
+        parts.append(f"<details open><summary>{escape(label)}</summary>{cards}</details>" if cards else "")
+    return "".join(parts)
+
+
+def _commands(comparison: Comparison) -> str:
+    commands = {
+        str(manifest["command"])
+        for e in comparison.entries
+        if e.run
+        for manifest in e.run.manifests.values()
+        if manifest.get("command")
+    }
+    return "".join(f"<pre><code>{escape(command)}</code></pre>" for command in sorted(commands))

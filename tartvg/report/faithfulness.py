@@ -1,0 +1,47 @@
+"""Does the policy look at the video? The controls of each policy as one table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tartvg.report.runs import TARGETS
+from tartvg.report.tables import DASH, Cell, Table, percent
+
+WORDS = {"shuffled": "frames shuffled", "other": "another video"}
+
+
+def read_controls(run_dir: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Target -> control -> numbers, from `<run_dir>/controls/*/summary.json`, in the order of the method."""
+    paths = {path.parent.name: path for path in sorted(run_dir.glob("controls/*/summary.json"))}
+    ordered = [t for t in TARGETS if t in paths] + [t for t in paths if t not in TARGETS]
+    return {target: json.loads(paths[target].read_text(encoding="utf-8")) for target in ordered}
+
+
+def controls_table(run_dir: Path) -> Table | None:
+    """One row per policy; None where no control was run."""
+    found = read_controls(run_dir)
+    kinds = [kind for kind in WORDS if any(kind in summary for summary in found.values())]
+    if not kinds:
+        return None
+    columns = ["Policy", "mIoU, true video"]
+    for kind in kinds:
+        columns += [f"mIoU, {WORDS[kind]}", f"same times, {WORDS[kind]}", f"changed, {WORDS[kind]}"]
+    rows = []
+    for target, summary in found.items():
+        row = [Cell(target), _share(next(iter(summary.values()), {}), "real_miou")]
+        for kind in kinds:
+            values = summary.get(kind, {})
+            row += [_share(values, name) for name in ("control_miou", "agreement", "changed_rate")]
+        rows.append(tuple(row))
+    note = (
+        "In percent, greedy answers. Same times: mean IoU of anchors and answers to the true video with those to the "
+        "control; 100 means that the policy does not look. Changed: share of answers with any other time."
+    )
+    return Table("Does the policy look at the video?", tuple(columns), tuple(rows), note)
+
+
+def _share(values: dict[str, Any], name: str) -> Cell:
+    value = values.get(name)
+    return Cell(DASH if value is None else percent(value))

@@ -1,0 +1,136 @@
+"""controls: does the policy look at the video? After an evaluation, the same questions about videos that are wrong."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tartvg.config import Config, ControlName, SamplingConfig
+from tartvg.data.video import VideoError
+from tartvg.evaluation.faithfulness import Pair, Said, compare
+from tartvg.evaluation.score import answer_iou
+from tartvg.policy.controls import shuffled
+from tartvg.policy.policy import Policy, PreparedPrompt
+from tartvg.policy.sampling import greedy
+from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atomic, write_jsonl
+from tartvg.stages.common import adapter_of, load_policy, prompts_of
+from tartvg.stages.evaluate import label_of, prediction
+from tartvg.stages.folder import PATIENCE_S, StageFolder, fingerprint, run_dir
+from tartvg.tracking import Tracker
+from tartvg.types import Prediction, Prompt
+
+
+def run_controls(config: Config) -> None:
+    """Ask every target of `evaluate.targets` about wrong videos into `<run>/controls/<target>/`.
+
+    Gives one `<kind>.jsonl` of predictions for each of `controls.kinds`, and summary.json, which compares them with the
+    answers that the evaluation has recorded.
+    """
+    for target in config.evaluate.targets if config.controls.kinds else []:
+        _control(config, target, label_of(target))
+
+
+def _control(config: Config, target: str, label: str) -> None:
+    source = run_dir(config) / "evaluate" / label / "predictions.jsonl"
+    is_shard = config.evaluate.shard is not None
+    if is_shard and not source.exists():
+        return  # the shard that puts the results together does it
+    key = {"controls": config.controls, "predictions": fingerprint(source)}
+    place = StageFolder(run_dir(config) / "controls" / label, config, key)
+    with place.work(PATIENCE_S if is_shard else 0.0) as is_needed:
+        if not is_needed:
+            return
+        real = {p.sample_id: p for row in read_jsonl(source) if (p := prediction_from_json(row)).sample_index == 0}
+        prompts = [p for p in prompts_of(config, config.evaluate.split) if p.sample.sample_id in real]
+        prompts = prompts[: config.controls.limit]
+        policy = load_policy(config, adapter_of(config, target)).eval()
+        summary = {}
+        for kind in config.controls.kinds:
+            path = place.folder / f"{kind.value}.jsonl"
+            if not path.exists():  # whole or not there
+                write_jsonl(path, _ask(policy, prompts, kind, config))
+            answers = [prediction_from_json(row) for row in read_jsonl(path)]
+            summary[kind.value] = summarise(real, answers)
+        write_atomic(place.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        _track(config, place.folder, label, summary)
+
+
+def summarise(real: dict[str, Prediction], answers: Sequence[Prediction]) -> dict[str, float | int | None]:
+    """Agreement of true and control answers, and what each of them is worth against the truth (mean IoU).
+
+    `agreement` and `changed_rate` are None when no answer holds a time.
+    """
+    twins = [real[p.sample_id] for p in answers]
+    found = compare(
+        [Pair(Said(a.anchors, a.answer), Said(b.anchors, b.answer)) for a, b in zip(twins, answers, strict=True)]
+    )
+    count = max(1, len(answers))
+    return {
+        "num_queries": len(answers),
+        "agreement": None if found is None else found.agreement,
+        "changed_rate": None if found is None else found.changed_rate,
+        "real_miou": sum(answer_iou(p.answer, p.windows) for p in twins) / count,
+        "control_miou": sum(answer_iou(p.answer, p.windows) for p in answers) / count,
+    }
+
+
+def _ask(policy: Policy, prompts: Sequence[Prompt], kind: ControlName, config: Config) -> list[Prediction]:
+    limits = greedy(SamplingConfig(max_new_tokens=config.grpo.sampling.max_new_tokens))
+    videos = other_videos([p.sample.video for p in prompts])
+    found: list[Prediction] = []
+    for start in range(0, len(prompts), config.evaluate.batch_size):
+        stop = start + config.evaluate.batch_size
+        asked = [
+            (prompt, wrong)
+            for prompt, video in zip(prompts[start:stop], videos[start:stop], strict=True)
+            if (wrong := _wrong(policy, prompt, video, kind)) is not None
+        ]
+        start_s = time.perf_counter()
+        completions = policy.sample([wrong for _, wrong in asked], 1, limits, [0] * len(asked)) if asked else []
+        seconds = (time.perf_counter() - start_s) / max(1, len(asked))
+        # recorded under the query's own sample and truth
+        found += [
+            prediction(replace(wrong, prompt=prompt), completion, 0, seconds)
+            for (prompt, wrong), (completion,) in zip(asked, completions, strict=True)
+        ]
+    return found
+
+
+def _wrong(policy: Policy, prompt: Prompt, other: Path, kind: ControlName) -> PreparedPrompt | None:
+    """The prompt with its control video; None where a video cannot be decoded or there is no other one."""
+    try:
+        if kind is ControlName.shuffled:
+            return shuffled(policy.prepare(prompt))
+        if other == prompt.sample.video:
+            return None
+        return policy.prepare(replace(prompt, sample=replace(prompt.sample, video=other)))
+    except VideoError as error:
+        print(f"controls: {prompt.sample.sample_id} is left out: {error}")
+        return None
+
+
+def other_videos(videos: Sequence[Path]) -> list[Path]:
+    """For each place another video of the list: the next one that differs, and the first after the last."""
+    distinct = list(dict.fromkeys(videos))
+    following = dict(zip(distinct, [*distinct[1:], *distinct[:1]], strict=True))
+    return [following[video] for video in videos]
+
+
+def controls_as_metrics(summary: dict[str, dict[str, float | int | None]], dataset: str) -> dict[str, float]:
+    """The summary in the metric vocabulary: eval/<dataset>/<kind>_agreement and so on; without what is None."""
+    return {
+        f"eval/{dataset}/{kind}_{name}": float(value)
+        for kind, values in summary.items()
+        for name, value in values.items()
+        if value is not None and name != "num_queries"
+    }
+
+
+def _track(config: Config, folder: Path, label: str, summary: dict[str, dict[str, float | int | None]]) -> None:
+    metrics = controls_as_metrics(summary, config.dataset.name.value)
+    with Tracker(folder, config.tracking, config.name, f"controls-{label}", to_json(config), config.seed) as tracker:
+        tracker.log(metrics, 0)
+        tracker.summary(metrics)

@@ -1,0 +1,165 @@
+"""Finished stages that several runs have in common, done once: `<runs_dir>/.shared/` knows where each of them lies.
+
+What makes two stages the same is everything that their numbers depend on: the kind of stage, its settings and inputs
+(the manifest's key, which holds content hashes of the base, the adapter and the traces), the annotations and videos,
+this package's code, the versions of the libraries, and the kind of device. A run's name, its tracking and its report
+are no part of it.
+
+An entry is a pointer with the hash of every file, not a second copy. Taking one copies the files and compares the
+hashes on the way, so an entry whose run was removed, moved or edited is worth nothing and does no harm. A lock per
+entry makes the second of two jobs that want the same stage wait for the first; the system frees it when a process
+dies. Several machines need a file system that carries such locks (NFS 4 does).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tartvg.config import Config, DatasetConfig, DatasetName
+from tartvg.records import write_atomic
+
+PLACE = ".shared"
+OF_THE_RUN = ("manifest.json", "config.yaml", "wandb_id")
+"""Files of a stage's folder that say whose it is."""
+NOT_RESULTS = ("checkpoints", "wandb", "batches")
+"""Folders that a finished stage does not need."""
+DRAWN = (DatasetName.planted, DatasetName.planted_long)
+
+
+@lru_cache(maxsize=1)
+def code_identity() -> str:
+    """Hash of the package's code; the report is left out, as no number depends on it."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith("report/"):
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def data_identity(settings: DatasetConfig) -> str:
+    """What tells one state of a data set's files from another: annotations by content, videos by name and size."""
+    if settings.name in DRAWN:
+        return "drawn"  # by the code, from the settings
+    digest = hashlib.sha256()
+    root = Path(settings.root)
+    for path in sorted(p for p in root.glob("*") if p.is_file()):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    videos = Path(settings.videos) if settings.videos else root / "videos"
+    if videos.is_dir():
+        with os.scandir(videos) as entries:
+            sizes = sorted((entry.name, entry.stat().st_size) for entry in entries)
+        digest.update(json.dumps(sizes).encode())
+    return digest.hexdigest()[:16]
+
+
+def identity(kind: str, key: str, config: Config, libraries: Mapping[str, str]) -> str:
+    """Name of the entry: equal for two stages only if their results are."""
+    trainer = config.trainer
+    device = [trainer.accelerator, trainer.strategy.value, trainer.devices, trainer.num_nodes]
+    parts = [kind, key, data_identity(config.dataset), code_identity(), dict(libraries), device]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def result_files(folder: Path) -> list[Path]:
+    """What a finished stage consists of, relative to its folder, in order; links and hidden files are none of it."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        is_other = relative.parts[0] in NOT_RESULTS or relative.as_posix() in OF_THE_RUN
+        if path.is_file() and not path.is_symlink() and not is_other and not path.name.startswith("."):
+            found.append(relative)
+    return found
+
+
+class SharedStage:
+    """One entry. Use `take` and `put` inside `with claimed():`."""
+
+    def __init__(self, runs_dir: Path, name: str) -> None:
+        self.runs_dir = runs_dir
+        self.entry = runs_dir / PLACE / f"{name}.json"
+
+    @contextmanager
+    def claimed(self, label: str) -> Iterator[None]:
+        """Wait until no other job makes this stage; `label` is what to say meanwhile."""
+        self.entry.parent.mkdir(parents=True, exist_ok=True)
+        with self.entry.with_suffix(".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                print(f"{label}: another job makes the same stage; waiting for it", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def read(self) -> dict[str, Any] | None:
+        """`{"folder": ..., "files": {...}}`, or None without a readable entry."""
+        try:
+            value = json.loads(self.entry.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        is_entry = isinstance(value, dict) and isinstance(value.get("folder"), str)
+        return value if is_entry and isinstance(value.get("files"), dict) else None
+
+    def put(self, folder: Path) -> None:
+        """Make the finished stage in `folder` known; a run outside runs_dir cannot be pointed at and is left out."""
+        resolved, top = folder.resolve(), self.runs_dir.resolve()
+        if not resolved.is_relative_to(top):
+            return
+        files = {name.as_posix(): _hash(folder / name) for name in result_files(folder)}
+        value = {"folder": resolved.relative_to(top).as_posix(), "files": files}
+        write_atomic(self.entry, json.dumps(value, indent=1) + "\n")
+
+    def take(self, folder: Path, make_room: Callable[[], None]) -> Path | None:
+        """Put a copy in the place of `folder`; returns where it came from. None, and nothing changed, without one.
+
+        The copy is made beside its place and renamed: it is there whole or not at all. `make_room` is called before
+        that, and leaves `folder` empty or absent.
+        """
+        value = self.read()
+        if value is None:
+            return None
+        source = self.runs_dir / value["folder"]
+        side = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(side, ignore_errors=True)
+        if not self._copy(source, value["files"], side):
+            shutil.rmtree(side, ignore_errors=True)
+            self.entry.unlink(missing_ok=True)
+            return None
+        make_room()
+        if folder.exists():
+            folder.rmdir()
+        side.rename(folder)
+        return source
+
+    def _copy(self, source: Path, files: Mapping[str, str], side: Path) -> bool:
+        """Whether every file could be copied and is what the entry says."""
+        top = self.runs_dir.resolve()
+        if not source.resolve().is_relative_to(top) or not source.is_dir():
+            return False
+        for name, expected in files.items():
+            target = side / name
+            if not target.resolve().is_relative_to(side.resolve()):
+                return False
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(source / name, target, follow_symlinks=False)
+            except OSError:
+                return False
+            if target.is_symlink() or _hash(target) != expected:
+                return False
+        return True
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,186 @@
+"""The W&B workspace of a project: which curves stand beside which, as data; and the command that creates it.
+
+python -m tartvg.tracking --entity me --project tartvg     creates it
+python -m tartvg.tracking --print                          prints its specification as JSON; no account, no network
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from tartvg.config import SettingError, TrackingConfig
+from tartvg.records import dumps
+from tartvg.timing import PHASES
+from tartvg.tracking.tracker import STEP
+
+NAME = "TAR-TVG"
+
+
+class PanelKind(Enum):
+    """How a panel shows its metrics."""
+
+    line = "line"
+    """Curves over `progress/step`."""
+    bar = "bar"
+    """One bar per run: for stages that log a single line."""
+    table = "table"
+    """A table of completions; exactly one metric."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One figure."""
+
+    title: str
+    metrics: tuple[str, ...]
+    kind: PanelKind = PanelKind.line
+
+
+@dataclass(frozen=True)
+class Section:
+    """Panels that answer one question together."""
+
+    name: str
+    panels: tuple[Panel, ...]
+    is_open: bool = True
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A saved view of one project. Runs are grouped by W&B's group, which is the run or the sweep, then by job type."""
+
+    name: str
+    x_axis: str
+    sections: tuple[Section, ...]
+
+    @property
+    def metrics(self) -> set[str]:
+        """All names that any panel shows."""
+        return {metric for section in self.sections for panel in section.panels for metric in panel.metrics}
+
+
+def workspace(dataset: str) -> Workspace:
+    """The curated view; `dataset` names the evaluation whose scores are shown."""
+    return Workspace(NAME, STEP, (*_training(), _evaluation(f"eval/{dataset}")))
+
+
+def _training() -> tuple[Section, ...]:
+    return (
+        Section(
+            "Does it learn?",
+            (
+                Panel("Reward", ("reward/total_mean",)),
+                Panel("Answer: soft IoU", ("reward/iou_mean",)),
+                Panel("Format kept", ("reward/format_mean",)),
+                Panel("Valid: format and two anchors", ("anchors/valid_rate",)),
+            ),
+        ),
+        Section(
+            "Anchors and faithfulness",
+            (
+                Panel("Anchors per completion", ("anchors/count_mean",)),
+                Panel("Share of completions with an anchor", ("anchors/anchored_rate",)),
+                Panel("Later anchor closer to the truth", ("anchors/refinement_rate",)),
+                Panel("Answer is the last anchor", ("anchors/answer_match_rate",)),
+                Panel("Same times with shuffled frames", ("anchors/shuffled_agreement",)),
+                Panel("Reward terms", ("reward/tar1_mean", "reward/tar2_mean", "reward/tar3_mean")),
+            ),
+        ),
+        Section(
+            "Is it healthy?",
+            (
+                Panel("Entropy, nats per token", ("rollout/entropy",)),
+                Panel("KL to the reference, nats per token", ("rollout/kl",)),
+                Panel("Groups that teach nothing", ("group/zero_variance_rate",)),
+                Panel("Cut off by the length limit", ("rollout/truncated_rate",)),
+                Panel("Gradient norm", ("optim/grad_norm",)),
+                Panel("Tokens clipped", ("loss/clip_fraction",)),
+                Panel("Loss", ("loss/total",)),
+                Panel("Length, tokens", ("rollout/length_mean", "rollout/length_max")),
+            ),
+        ),
+        Section("What it says", (Panel("Best and worst completions", ("rollout/examples",), PanelKind.table),)),
+        Section(
+            "Where the time goes",
+            (Panel("Seconds by phase", tuple(f"time/{phase}_s" for phase in PHASES)),),
+            is_open=False,
+        ),
+    )
+
+
+def _evaluation(prefix: str) -> Section:
+    bars = {
+        "mIoU": ("miou",),
+        "R1": ("r1@0.3", "r1@0.5", "r1@0.7"),
+        "Format and valid": ("format_rate", "valid_rate"),
+        "Refined, and answer is the last anchor": ("refinement_rate", "consistency_rate"),
+        "mIoU with wrong videos": ("shuffled_control_miou", "other_control_miou"),
+    }
+    panels = [Panel(t, tuple(f"{prefix}/{name}" for name in names), PanelKind.bar) for t, names in bars.items()]
+    return Section("Scores", (*panels, Panel("Best and worst answers", (f"{prefix}/answers",), PanelKind.table)))
+
+
+def create(view: Workspace, entity: str, project: str) -> str:
+    """Save the workspace in W&B; returns its address. Raises SettingError without the extra `workspace`."""
+    made = to_wandb(view, entity, project).save()
+    return str(made.url)
+
+
+def to_wandb(view: Workspace, entity: str, project: str) -> Any:
+    """The view in the terms of wandb-workspaces; nothing is sent yet. Raises SettingError without that package."""
+    try:
+        import wandb_workspaces.reports.v2 as reports
+        import wandb_workspaces.workspaces as workspaces
+    except ImportError as error:
+        raise SettingError(f"wandb-workspaces is missing: pip install 'tartvg[workspace]' ({error})") from error
+    sections = [
+        workspaces.Section(
+            name=section.name,
+            is_open=section.is_open,
+            panels=[_panel(panel, view.x_axis, reports) for panel in section.panels],
+        )
+        for section in view.sections
+    ]
+    grouped = workspaces.RunsetSettings(groupby=[workspaces.Metric("Group"), workspaces.Metric("JobType")])
+    return workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name=view.name,
+        sections=sections,
+        settings=workspaces.WorkspaceSettings(x_axis=view.x_axis),
+        runset_settings=grouped,
+    )
+
+
+def _panel(panel: Panel, x_axis: str, reports: Any) -> Any:
+    if panel.kind is PanelKind.line:
+        return reports.LinePlot(title=panel.title, x=x_axis, y=list(panel.metrics))
+    if panel.kind is PanelKind.bar:
+        return reports.BarPlot(title=panel.title, metrics=list(panel.metrics))
+    return reports.WeavePanelSummaryTable(table_name=panel.metrics[0])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns an exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tartvg.tracking", description="The project's workspace in W&B.")
+    parser.add_argument("--entity", help="whose project it is: a user or a team")
+    parser.add_argument("--project", default=TrackingConfig().project)
+    parser.add_argument("--dataset", default="planted", help="whose scores are shown: planted, charades_sta, ...")
+    parser.add_argument("--print", action="store_true", help="only print the specification, as JSON")
+    options = parser.parse_args(arguments)
+    view = workspace(options.dataset)
+    if options.print:
+        print(dumps(view))
+        return 0
+    if not options.entity:
+        parser.error("--entity is needed to create the workspace; --print only shows it")
+    try:
+        print(create(view, options.entity, options.project))
+    except SettingError as error:
+        print(f"error: {error}")
+        return 2
+    return 0

@@ -1,0 +1,179 @@
+"""Who this process is among the processes of a run, and the few words that they exchange.
+
+The one place that asks for a rank. Everything here also works in a run of one process, where nothing is sent. What is
+sent are numbers and text, never pickled objects. Every function but `rank`, `world_size` and `is_leader` is collective:
+all processes call it, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tartvg.config import SettingError, Strategy, TrainerConfig
+
+PATIENCE = timedelta(days=30)
+"""How long the others wait while the leader evaluates."""
+_messages: list[dist.ProcessGroup] = []
+"""The gloo group of the messages, apart from the group that moves gradients. Empty: there is nobody to talk to."""
+
+
+def rank() -> int:
+    """0 for the leader, which alone writes files and speaks to the user."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Processes that work together; 1 while the leader works alone."""
+    return dist.get_world_size() if _messages else 1
+
+
+def is_leader() -> bool:
+    """Whether this process writes."""
+    return rank() == 0
+
+
+def join(settings: TrainerConfig) -> None:
+    """Meet the other processes of the run. Without a launcher this process is the whole run.
+
+    Raises SettingError when the launcher started another number of processes than the settings say.
+    """
+    expected = settings.devices * settings.num_nodes
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != expected:
+        raise SettingError(
+            f"trainer.devices={settings.devices} and trainer.num_nodes={settings.num_nodes} make {expected} processes, "
+            f"but {started} were started"
+        )
+    if settings.strategy is Strategy.single:
+        return
+    is_gpu = settings.accelerator == "gpu"
+    if not is_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it once, at its first import
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+        dist.init_process_group(_backend(is_gpu), store=store, rank=0, world_size=1, timeout=_timeout(settings))
+    else:
+        if is_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group(_backend(is_gpu), timeout=_timeout(settings))
+    _messages.append(dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def _backend(is_gpu: bool) -> str:
+    return "nccl" if is_gpu else "gloo"
+
+
+def _timeout(settings: TrainerConfig) -> timedelta:
+    return timedelta(minutes=settings.timeout_min)
+
+
+def leave() -> None:
+    """Say goodbye: after it this process is a run of its own."""
+    if dist.is_initialized():
+        _messages.clear()
+        dist.destroy_process_group()
+
+
+def largest(*values: float) -> list[float]:
+    """Element by element the largest number of any process."""
+    return _reduced(values, dist.ReduceOp.MAX)
+
+
+def total(*values: float) -> list[float]:
+    """Element by element the sum over processes."""
+    return _reduced(values, dist.ReduceOp.SUM)
+
+
+def _reduced(values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+    if world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor, operation, group=_messages[0])
+    return [float(value) for value in tensor]
+
+
+def told(value: float) -> float:
+    """The leader's number."""
+    return total(value if is_leader() else 0)[0]
+
+
+def gather(lines: Sequence[str]) -> list[str]:
+    """The lines of all processes, those of process 0 first. A line holds no newline."""
+    if world_size() == 1:
+        return list(lines)
+    mine = torch.frombuffer(
+        bytearray("".join(f"{line}\n" for line in lines).encode()) or bytearray(1), dtype=torch.uint8
+    )
+    sizes = [int(size) for size in _each(torch.tensor([mine.numel() if lines else 0]))]
+    padded = torch.zeros(max(1, *sizes), dtype=torch.uint8)
+    padded[: mine.numel()] = mine[: padded.numel()]
+    texts = [bytes(part[:size].tolist()).decode() for part, size in zip(_each(padded), sizes, strict=True)]
+    return [line for text in texts for line in text.split("\n")[:-1]]
+
+
+def _each(tensor: Tensor) -> list[Tensor]:
+    out = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(out, tensor, group=_messages[0])
+    return out
+
+
+def heard() -> int:
+    """What the leader tells the others with `told`. Where it failed, they end here without a word."""
+    code = int(told(0))
+    if code < 0:
+        time.sleep(5)  # a launcher stops the rest as soon as one ends: the leader must speak first
+        sys.exit(1)
+    return code
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """What the leader does before it tells something: where the block fails, the others, who wait in `heard`, end."""
+    try:
+        yield
+    except BaseException:
+        told(-1)
+        raise
+
+
+def agreed(is_so: bool) -> bool:
+    """Whether it is so on any process: all must take the same path."""
+    return bool(largest(float(is_so))[0])
+
+
+@contextmanager
+def leader_first() -> Iterator[None]:
+    """The leader does the block before the others do: it draws or downloads what they then find."""
+    if not is_leader():
+        told(0)
+    yield
+    if is_leader():
+        told(0)
+
+
+def by_leader(work: Callable[[], int | None]) -> int | None:
+    """The leader works alone, the others wait; all get its result. Where it fails, the others end without a word."""
+    if not is_leader():
+        return heard() or None
+    group = _messages[:]
+    _messages.clear()
+    try:
+        result = work()
+    except BaseException:
+        _messages.extend(group)
+        told(-1)
+        raise
+    _messages.extend(group)
+    told(result or 0)
+    return result

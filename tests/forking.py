@@ -1,0 +1,171 @@
+"""run.py in processes forked from one that has done the imports, which take a dozen seconds in a fresh interpreter.
+
+`start` is `Popen` for run.py, `fork` the same out of the process that calls it; the ranks of such a run are forked from
+it. Where forking is unsafe (a GPU, another system than Linux) and where TARTVG_REAL_PROCESSES is set, `start` starts
+interpreters. The forked ones share what Python draws once per interpreter, such as the seed of `hash`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from functools import cache
+from multiprocessing import forkserver
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = str(ROOT / "run.py")
+PRELOAD = [
+    "hydra",
+    "tartvg.stages.quiet",
+    "tartvg.policy.policy",
+    "tartvg.stages.evaluate",
+    "tartvg.stages.grpo",
+    "deepspeed",
+    "wandb",
+]
+"""Of which none starts a thread or reads what a test sets."""
+SETTLED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+"""What these modules read when they are imported."""
+
+
+class Forked:
+    """What is used of `subprocess.Popen`; of a child of this process."""
+
+    def __init__(self, pid):
+        self.pid, self.returncode = pid, None
+
+    def poll(self):
+        if self.returncode is None:
+            child, status = os.waitpid(self.pid, os.WNOHANG)
+            if child:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout=None):
+        end = None if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if end is not None and time.monotonic() > end:
+                raise subprocess.TimeoutExpired(RUN, timeout)
+            time.sleep(0.005)
+        return self.returncode
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+class Served(Forked):
+    """Of a child of the fork server."""
+
+    def __init__(self, process):
+        process.start()
+        super().__init__(process.pid)
+        self.process = process
+
+    def poll(self):
+        self.returncode = self.process.exitcode
+        return self.returncode
+
+
+def start(overrides, output=os.devnull, errors=os.devnull, env=None, is_real=False):
+    """run.py in a process of its own, which writes to these files."""
+    if is_real or not can_fork():
+        with Path(output).open("ab") as out, Path(errors).open("ab") as err:
+            return subprocess.Popen([sys.executable, RUN, *overrides], cwd=ROOT, stdout=out, stderr=err, env=env)
+    arguments = list(map(str, overrides)), dict(env or os.environ), (str(output), str(errors))
+    return Served(server().Process(target=become, args=arguments))
+
+
+@cache
+def can_fork():
+    import torch
+
+    is_real = "TARTVG_REAL_PROCESSES" in os.environ
+    return sys.platform == "linux" and not torch.cuda.device_count() and not is_real
+
+
+@cache
+def server():
+    """The fork server, which starts no threads: forking from this process would copy those that it has."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    with mock.patch.dict(os.environ, SETTLED | {"PYTHONPATH": path}):
+        forkserver.ensure_running()
+    return context
+
+
+def fork(overrides, env, outputs=(), prepare=None):
+    """run.py in a copy of this process, which must be single-threaded."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return Forked(child)
+    try:
+        become(overrides, env, outputs, prepare)
+    finally:
+        os._exit(1)
+
+
+def become(overrides, env, outputs=(), prepare=None):
+    """Turn this process into run.py, and end as an interpreter does."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from tartvg.config import processes
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    if prepare is not None:
+        prepare()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for number, path in enumerate(outputs, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.path[:] = [str(ROOT), *(p for p in sys.path if p not in (str(ROOT), str(ROOT / "tests")))]
+    GlobalHydra.instance().clear()
+    processes.subprocess = SimpleNamespace(Popen=_start_rank)
+    sys.argv = [RUN, *overrides]
+    code = 1
+    try:
+        runpy.run_path(RUN, run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _start_rank(command, env, preexec_fn):
+    """In place of `Popen` in tartvg.config.processes."""
+    if list(command[:2]) != [sys.executable, RUN]:
+        return subprocess.Popen(command, env=env, preexec_fn=preexec_fn)
+    return fork(command[2:], env, prepare=preexec_fn)

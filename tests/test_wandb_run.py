@@ -1,0 +1,78 @@
+"""A whole method tracked offline and read back: W&B's own files hold what the run folder holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_tracking import artifacts, wandb_records
+
+from tartvg.tracking.dashboard import workspace
+
+STAGES = ("grpo1", "filter", "sft", "grpo2", "evaluate/base", "evaluate/grpo2", "controls/base", "controls/grpo2")
+LINEAGE = {
+    "grpo1": {("made", "rollouts"), ("made", "adapter")},
+    "filter": {("used", "rollouts"), ("made", "traces")},
+    "sft": {("used", "traces"), ("made", "adapter")},
+    "grpo2": {("used", "adapter"), ("made", "rollouts"), ("made", "adapter")},
+    "evaluate/base": {("made", "predictions")},
+    "evaluate/grpo2": {("used", "adapter"), ("made", "predictions")},
+    "controls/base": set(),
+    "controls/grpo2": set(),
+}
+
+
+@pytest.fixture(scope="module")
+def run(small, untrained_base, run_command, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tracked")
+    run_command(
+        *small, "tracking.mode=offline", "stage.sequence=[grpo1,filter,sft,grpo2,evaluate]", "grpo.max_steps=1",
+        "grpo.prompts_per_step=1", "grpo.group_size=2", "grpo.sampling.max_new_tokens=8", "sft.epochs=1",
+        "evaluate.targets=[base,grpo2]", "evaluate.limit=2", "evaluate.num_samples=0", "controls.limit=2",
+        "anchors.filter.min_reward=-100", "anchors.filter.min_anchors=0", "anchors.filter.min_ious=[]",
+        f"policy.path={untrained_base}", f"runs_dir={folder}", "name=r",
+        is_real=True,  # forked, W&B's own process would be left before it has written everything
+    )  # fmt: skip
+    return folder / "r"
+
+
+def history(records: list[Any]) -> dict[int, dict[str, Any]]:
+    """Rows by `progress/step`, merged."""
+    found: dict[int, dict[str, Any]] = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            row = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+            found.setdefault(row["progress/step"], {}).update(row)
+    return found
+
+
+@pytest.mark.slow
+def test_wandb_holds_every_metric_table_and_artifact(run: Path) -> None:
+    made: dict[str, set[tuple[str, str]]] = {}
+    for stage in STAGES:
+        records = wandb_records(run / stage)
+        rows = history(records)
+        for line in map(json.loads, (run / stage / "metrics.jsonl").read_text().splitlines()):
+            kept = {name: value for name, value in line.items() if value is not None}
+            assert kept.items() <= rows[line["progress/step"]].items(), stage
+        own = [a for a in artifacts(records) if a.type in ("adapter", "rollouts", "traces", "predictions")]
+        assert {("used" if a.use_after_commit else "made", a.type) for a in own} == LINEAGE[stage], stage
+        for a in own:
+            if a.use_after_commit:
+                assert (a.name, a.digest) in made["all"], "what a stage uses is what another one made"
+            made.setdefault("all", set()).add((a.name, a.digest))
+        started = next(r.run for r in records if r.WhichOneof("record_type") == "run")
+        assert (started.run_group, started.job_type) == ("r", stage.partition("/")[0])
+        assert {"dataset:planted", "seed:0", "anchors:2"} <= set(started.tags)
+    for stage, name in (("grpo1", "rollout/examples"), ("evaluate/grpo2", "eval/planted/answers")):
+        assert list((run / stage).glob(f"wandb/offline-run-*/files/media/table/{name}_*.table.json"))
+
+
+@pytest.mark.slow
+def test_the_workspace_names_only_metrics_of_a_real_run(run: Path) -> None:
+    logged = set()
+    for stage in STAGES:
+        for row in history(wandb_records(run / stage)).values():
+            logged |= {name.removesuffix("/path") for name in row}
+    # an untrained model says no times, so nothing can be compared with shuffled frames
+    assert workspace("planted").metrics - logged <= {"anchors/shuffled_agreement"}
