@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -214,25 +215,23 @@ def test_a_step_in_too_little_memory_is_done_in_parts(untrained_base, prompts, p
 
 
 def little_memory(base, root, tmp_path):
-    """The system itself refuses the memory (RLIMIT_AS): the same step, the same gradient, in parts."""
+    """The system itself refuses the memory (RLIMIT_AS): the same step, the same gradient, in parts.
+
+    How much is too little depends on the system's allocator. So the limit falls until it is felt, and every try is a
+    fork of this process, which never ran the step: what one try allocated is not there for the next to use again.
+    """
     torch.set_num_threads(1)
     policy, prompts = tiny_policy(base), planted_prompts(root)
     settings = dataclasses.replace(GRPO, group_size=96, kl_coef=0.0, max_steps=1,
                                    sampling=dataclasses.replace(GRPO.sampling, max_new_tokens=64))  # fmt: skip
-    found = {}
-    for margin in (None, *(size << 20 for size in (160, 128, 96, 64, 48))):  # what suffices depends on the allocator
-        name = "tight" if margin else "free"
-        if (tmp_path / "tight/faults.jsonl").exists():
-            break
-        folder = tmp_path / name
-        shutil.rmtree(folder, ignore_errors=True)
+
+    def step(folder, margin):
         folder.mkdir()
         module = make_grpo(policy, folder, RUBRIC, settings)
         module.advantages = lambda group: torch.arange(96.0) % 7 - 3
-        before = {k: v.clone() for k, v in policy.state_dict().items() if "lora" in k}
         update = module.update
 
-        def limited(losses, update=update, margin=margin):
+        def limited(losses):
             soft, hard = resource.getrlimit(resource.RLIMIT_AS)
             if margin is not None:
                 resource.setrlimit(resource.RLIMIT_AS, (address_space() + margin, hard))
@@ -243,15 +242,37 @@ def little_memory(base, root, tmp_path):
 
         module.update = limited
         fit(module, folder, prompts[:1], 1, per_step=1)
-        found[name] = lines(folder / "metrics.jsonl")[0]
-        policy.load_state_dict(before, strict=False)
-    assert not (tmp_path / "free/faults.jsonl").exists()
-    faults = lines(tmp_path / "tight/faults.jsonl")
+
+    def tried(name, margin=None):
+        """The folder of one try, which ends well also where a part of the step was left out."""
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                step(tmp_path / name, margin)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        return tmp_path / name
+
+    free = tried("free")
+    assert not (free / "faults.jsonl").exists()
+    margin = 512 << 20
+    tight = tried("tight", margin)
+    while not (tight / "faults.jsonl").exists():
+        margin = margin * 3 // 4
+        assert margin > 1 << 20, "no limit was felt"
+        tight = tried(f"tight_{margin}", margin)
+    faults = lines(tight / "faults.jsonl")
     assert {fault["kind"] for fault in faults} == {"out_of_memory"}
     assert faults[0]["action"] == "tried in 2 parts" and "allocate" in faults[0]["error"]
     assert not any(fault["action"] == "left out" for fault in faults)
+    measured, expected = (lines(folder / "metrics.jsonl")[0] for folder in (tight, free))
     for name in ("optim/grad_norm", "loss/total", "loss/ratio_mean"):
-        assert found["tight"][name] == pytest.approx(found["free"][name], rel=1e-3, abs=1e-6)
+        assert measured[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6)
 
 
 # -- decoding processes ----------------------------------------------------------------------------------------------
