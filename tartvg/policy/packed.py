@@ -4,8 +4,9 @@ A prompt of thousands of video tokens leaves dozens of activations per token and
 Here each decoder layer is a checkpoint: forward keeps its input, backward runs it again, which costs a third of the
 update's arithmetic. The library's own checkpointing cannot do that for a shared prompt, because it gives up the
 key/value cache through which completions see it. So prompt and completions go through the linear layers as one row of
-L + G * T tokens, and only attention tells them apart. Each completion's attention is a checkpoint of its own: G copies
-of the prompt's keys and values never exist at a time, and memory grows with the completions' own tokens alone.
+L + G * T tokens, and only attention tells them apart (`tartvg.policy.prefix_attention`). Where that cannot run, each
+completion's attention is a checkpoint of its own: G copies of the prompt's keys and values never exist at a time, and
+memory grows with the completions' own tokens alone.
 
 Legend: G rollouts per prompt, L prompt tokens, T completion tokens, H query heads, K key/value heads, D head width.
 """
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tartvg.policy.cache import attending_by
+from tartvg.policy.prefix_attention import is_exact, joined_attention, suffix_mask
 
 PACKED_ATTENTION = "tartvg_packed"
 
@@ -39,17 +41,6 @@ class Packing:
     """bool (1, 1, T, L + T): what a completion may see; None where the implementation knows it by itself."""
 
 
-def suffix_mask(before: int, own: int, attention: str, device: torch.device) -> Tensor | None:
-    """Mask of T tokens that follow L others: bool (1, 1, T, L + T).
-
-    None for flash attention, which takes no such mask and aligns a causal one at the end, which is the same.
-    """
-    if attention == "flash_attention_2":
-        return None
-    causal = torch.ones(own, own, dtype=torch.bool, device=device).tril()
-    return torch.cat([causal.new_ones(own, before), causal], dim=1)[None, None]
-
-
 def packed_attention(
     module: Any,
     query: Tensor,
@@ -64,6 +55,10 @@ def packed_attention(
     sizes = [packing.before] + [packing.own] * packing.rows
     before, *own = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     parts = [attend(None, *before)]
+    if own and is_exact(query.device, query.dtype):
+        queries, keys, values = (torch.cat(part) for part in zip(*own, strict=True))
+        out = joined_attention(queries, before[1], before[2], keys, values, kwargs["scaling"])
+        return torch.cat([*parts, out.transpose(1, 2).flatten(0, 1)[None]], dim=1), None
     for row in own:
         inputs = (*row, before[1], before[2])
         if torch.is_grad_enabled():

@@ -20,12 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from tartvg.config import PolicyConfig, SamplingConfig
 from tartvg.data.clips import ClipReader
 from tartvg.data.video import Clip
-from tartvg.policy.cache import SHARED_PREFIX_ATTENTION, DecodeCache, ExpandedCache, PrefixCache, attending_by
+from tartvg.policy.cache import SHARED_PREFIX_ATTENTION, DecodeCache, PrefixCache, attending_by
 from tartvg.policy.disk_cache import DiskCache, tower_identity
 from tartvg.policy.features import FeatureCache, VideoFeatures, video_key
 from tartvg.policy.inputs import PromptInputs, clip_patches, encode_prompt
 from tartvg.policy.loading import ADAPTER, REFERENCE, load_adapter, load_base, new_adapter
-from tartvg.policy.packed import packed_states, suffix_mask
+from tartvg.policy.packed import packed_states
+from tartvg.policy.prefix_attention import suffix_states
 from tartvg.policy.sampling import draw, generators, restrict, uniforms
 from tartvg.timing import PhaseTimer
 from tartvg.types import Completion, GroundingSample, Prompt
@@ -344,16 +345,8 @@ class Policy(torch.nn.Module):
         last = last.expand(group, -1, -1)
         if length == 1:
             return last
-        out = self.language_model(
-            inputs_embeds=rows,
-            position_ids=steps.expand(3, group, -1),
-            attention_mask={
-                "full_attention": suffix_mask(prepared.inputs.length, length - 1, self.settings.attention, self.device)
-            },
-            past_key_values=ExpandedCache(prefix),
-            use_cache=True,
-        )
-        return torch.cat([last, out.last_hidden_state], dim=1)
+        states = suffix_states(self.language_model, rows, steps, prefix, self.settings.attention)
+        return torch.cat([last, states], dim=1)
 
     def _naive(self, prepared: PreparedPrompt, tokens: TokenBatch) -> Tensor:
         """The same states from G whole sequences, without any cache."""
