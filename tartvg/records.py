@@ -94,6 +94,15 @@ def append_jsonl(path: Path, values: Iterable[Any]) -> None:
         file.write("".join(dumps(v) + "\n" for v in values))
 
 
+def flush_to_disk(path: Path) -> None:
+    """Make sure that a file's content, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _span(value: Any) -> Span:
     start, end = value
     return Span(float(start), float(end))

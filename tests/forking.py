@@ -129,9 +129,9 @@ def become(overrides, env, outputs=(), prepare=None):
     """Turn this process into run.py, and end as an interpreter does."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from tartvg.config import processes
+    from tartvg.config import preemption, processes
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in preemption.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     if prepare is not None:
         prepare()

@@ -13,7 +13,7 @@ from test_compare import sweep
 from test_report import ATTACK, demo
 
 from tartvg.report.cells import read_runs, read_sweep_folder
-from tartvg.report.compare_page import build_comparison, write_stage_pages
+from tartvg.report.compare_page import addresses, build_comparison, write_stage_pages
 from tartvg.report.page import build_report
 from tartvg.types import GroundingSample
 
@@ -95,10 +95,11 @@ def test_pages_in_a_browser(
 ) -> None:
     """Set TARTVG_SCREENSHOTS to a folder to keep what was seen."""
     shots = Path(os.environ.get("TARTVG_SCREENSHOTS") or tmp_path)
-    compared, _ = build_comparison(read_sweep_folder(sweep[0]), sweep[1], sweep[0])
+    remarks = ["Something to know before the numbers."]
+    compared, _ = build_comparison(read_sweep_folder(sweep[0]), sweep[1], sweep[0], remarks)
     run = demo[0]
     stages = write_stage_pages(read_runs([run], "demo", run.parent), run / "report")
-    single = build_report(run, demo[1], run / "report.html", {n: f"report/{a}" for n, a in stages.items()})
+    single = build_report(run, demo[1], run / "report.html", addresses(stages), remarks)
     for file in (compared, single, sweep[0] / "report" / "grpo1.html", run / "report" / "sft.html"):
         seen = look(browser, file, width, shots)
         assert seen["console"] == [] and seen["dialogs"] == []
@@ -109,5 +110,6 @@ def test_pages_in_a_browser(
         assert seen["tables"] and all(all(table.values()) for table in seen["tables"]), seen["tables"]
         assert seen["contrast"] >= 4.5, "text that is hard to read"
         assert seen["unnamed"] == 0
+        assert (remarks[0] in seen["text"]) == (file in (compared, single))
         if file.name == "grpo1.html" or file == single:
             assert ATTACK in seen["text"], "the query is shown as text"

@@ -94,6 +94,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Samples]:
             write_atomic(cell / "config.yaml", SETTINGS)
             tilt(cell, 1 - 0.1 * number + 0.05 * seed)
             shift(cell, samples, 0.5 * (1 - number) + 0.05 * seed)
+            write_atomic(cell / "grpo2" / "manifest.json", dumps({"seconds": 75.0, "finished": True}))
             if choice == "two":
                 manifest = {"seconds": 75.0, "finished": True, "copied_from": "anchors/anchors=one,seed=0/grpo1"}
                 write_atomic(cell / "grpo1" / "manifest.json", dumps(manifest))
@@ -199,7 +200,7 @@ def test_pages_and_files_of_a_sweep(sweep: tuple[Path, Samples]) -> None:
         assert f'<p class="kind">{kind}</p>' in main_page
     assert main_page.count('<dl class="terms">') >= 8 and "TAR3" in main_page
     assert "59.3" in main_page and 'class="theirs"' in main_page and "seed 0: failed" in main_page
-    assert "one (2)" in main_page and main_page.count("<svg") == 13
+    assert "one (2)" in main_page and main_page.count("<svg") == 20
     assert {p.name for p in place.glob("*.csv")} == {
         "scores_by_variant.csv",
         "differences_in_miou.csv",
@@ -209,7 +210,7 @@ def test_pages_and_files_of_a_sweep(sweep: tuple[Path, Samples]) -> None:
     assert "| variant |" in (place / "report.md").read_text("utf-8")
     assert r"\toprule" in (place / "tables.tex").read_text("utf-8")
     figures = sorted(p.name for p in (place / "figures").iterdir())
-    assert len(figures) == 26 and {p.rpartition(".")[2] for p in figures} == {"svg", "png"}
+    assert len(figures) == 40 and {p.rpartition(".")[2] for p in figures} == {"svg", "png"}
     assert Image.open(place / "figures" / figures[0]).format == "PNG"
     before = {p: p.read_bytes() for p in folder.rglob("report/**/*") if p.is_file()}
     build_comparison(read_sweep_folder(folder), samples, folder)

@@ -186,7 +186,7 @@ def test_grpo_variants_differ_from_the_default_only_in_their_idea() -> None:
 
     assert changed("dr_grpo") == {"advantage", "aggregation"}
     assert composed("grpo=dr_grpo", *GROUND).grpo.advantage is AdvantageScale.none
-    assert changed("dapo") == {"clip_high", "kl_coef", "aggregation", "mask_truncated"}
+    assert changed("dapo") == {"clip_high", "kl_coef", "aggregation", "mask_truncated", "drop_zero_variance"}
     assert changed("gspo") == {"importance", "clip_low", "clip_high"}
 
 
@@ -382,6 +382,8 @@ def test_jobs_of_a_sweep_share_a_group(clone: Path, tmp_path: Path) -> None:
     for extra, group in (([], "t/anchors"), (["tracking.group=mine"], "mine")):
         done, _ = run("sweeps=anchors", "seed=0", "name=t", "stage=grpo1", *extra, root=clone, cwd=tmp_path)
         assert {line for line in done.stdout.splitlines() if line.startswith("group")} == {f"group {group}"}
+    done, _ = run("sweeps=stage_order", "seed=0", root=clone, cwd=tmp_path)  # whose variants bring their own names
+    assert {line for line in done.stdout.splitlines() if line.startswith("group")} == {"group stage_order/stage_order"}
     done, _ = run("name=t", root=clone, cwd=tmp_path)
     assert "group None" in done.stdout, "the tracker takes the name of the run"
 

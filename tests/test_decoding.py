@@ -8,6 +8,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -19,7 +20,7 @@ import pytest
 
 from tartvg.config import FramesConfig
 from tartvg.data import benchmark, decode
-from tartvg.data.clips import ClipReader, _decoders, decode_isolated, stop_decoder
+from tartvg.data.clips import ClipReader, DecoderKilled, _decoders, decode_isolated, stop_decoder
 from tartvg.data.decode import Painter, needed_packets, pictures
 from tartvg.data.packets import PacketTable, VideoError, scan
 from tartvg.data.video import Clip, read_clip
@@ -106,7 +107,7 @@ def test_a_variable_rate_is_sampled_evenly_in_time(tmp_path: Path) -> None:
     # Two seconds at 8 frames a second, then one picture that stays for two seconds, then two seconds more.
     path = write(tmp_path / "v.mp4", [*range(0, 16), 16, *range(32, 48)], g="5")
     clip = read_clip(path, FRAMES)
-    assert clip.duration == pytest.approx(33 * 47 / 32 / 8)
+    assert clip.duration == pytest.approx(6.0)
     at = [number + (15 if number > 16 else 0) for number in numbers_on(clip)]
     assert [t * 8 for t in clip.times] == pytest.approx(at)
     steps = [i * clip.duration / len(clip.times) for i in range(len(clip.times))]
@@ -145,7 +146,7 @@ def test_hours_are_sampled_by_leaps(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = write(tmp_path / "long.mp4", list(range(0, 36_000, 40)), base=Fraction(1, 4), g="10")
     few = FramesConfig(max_frames=8, min_pixels=784, max_pixels=6272)
     clip = read_clip(path, few)
-    assert clip.duration == pytest.approx(9000.0) and len(clip.times) == 8
+    assert clip.duration == pytest.approx(9000.0) and len(clip.times) == 8  # even: the last stays like the others
     assert numbers_on(clip) == [round(t * 4 / 40) % 256 for t in clip.times]
     monkeypatch.setattr(decode, "SEEK_BYTES", 0)
     again = read_clip(path, few)
@@ -341,6 +342,95 @@ def test_a_crash_is_a_reason_and_not_the_end(usual: Path, tmp_path: Path) -> Non
     stop_decoder()
 
 
+GROUP = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def test_signals_to_the_whole_group_are_not_for_the_decoder(usual: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in its first moment, when it has not run a line yet, nor later."""
+
+    class Signalled(subprocess.Popen):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            for number in GROUP:
+                self.send_signal(number)
+
+    stop_decoder()
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    decode_isolated(usual, FRAMES)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    monkeypatch.undo()
+    process = _decoders[os.getpid()].process
+    for number in GROUP:
+        process.send_signal(number)
+    assert numbers_on(decode_isolated(usual, FRAMES)) == list(range(0, 48, 4))
+    assert _decoders[os.getpid()].process is process
+    stop_decoder()
+
+
+DYING = """#!{python}
+import os
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from tartvg.data import decoder_process
+
+
+def read_or_die(path, settings, read=decoder_process.read_clip):
+    starts = len(list(Path("{folder}").glob("start*")))
+    Path("{folder}", f"start{{starts}}").touch()
+    if starts < {deaths}:
+        os.kill(os.getpid(), {number})
+    return read(path, settings)
+
+
+decoder_process.read_clip = read_or_die
+decoder_process.serve(Connection(int(sys.argv[-1])))
+"""
+
+
+@pytest.fixture
+def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Decoders of which the first `deaths` get a signal while they decode. Returns the count of those that began."""
+
+    def start(number: signal.Signals, deaths: int):
+        script = tmp_path / "python"
+        script.write_text(DYING.format(python=sys.executable, folder=tmp_path, deaths=deaths, number=int(number)))
+        script.chmod(0o755)
+        stop_decoder()
+        monkeypatch.setattr(sys, "executable", str(script))
+        return lambda: len(list(tmp_path.glob("start*")))
+
+    yield start
+    stop_decoder()
+
+
+def test_a_file_whose_decoder_was_killed_is_tried_again(dying, usual: Path, tmp_path: Path) -> None:
+    num_starts = dying(signal.SIGKILL, deaths=1)
+    clip = ClipReader(tmp_path / "list.jsonl").read(usual, FRAMES)
+    assert numbers_on(clip) == list(range(0, 48, 4)) and num_starts() == 2
+    assert not (tmp_path / "list.jsonl").exists()
+
+
+def test_a_file_whose_decoder_is_killed_twice_is_not_listed(dying, usual: Path, tmp_path: Path) -> None:
+    num_starts = dying(signal.SIGKILL, deaths=2)
+    reader = ClipReader(tmp_path / "list.jsonl")
+    with pytest.raises(DecoderKilled, match=r"usual\.mp4: its decoder was ended by SIGKILL; perhaps .* memory"):
+        reader.read(usual, FRAMES)
+    assert num_starts() == 2 and not (tmp_path / "list.jsonl").exists()
+    assert numbers_on(reader.read(usual, FRAMES)) == list(range(0, 48, 4))
+
+
+def test_a_file_that_crashes_its_decoder_is_listed_at_once(dying, usual: Path, tmp_path: Path) -> None:
+    num_starts = dying(signal.SIGSEGV, deaths=1)
+    reader = ClipReader(tmp_path / "list.jsonl")
+    for _ in range(2):
+        with pytest.raises(VideoError, match=r"usual\.mp4: its decoder crashed \(exit code -11\)"):
+            reader.read(usual, FRAMES)
+    assert num_starts() == 1 and len((tmp_path / "list.jsonl").read_text().splitlines()) == 1
+
+
 def test_the_list_is_shared_kept_and_forgets_replaced_files(usual: Path, tmp_path: Path) -> None:
     broken, listing = tmp_path / "broken.mp4", tmp_path / "run" / "quarantine.jsonl"
     broken.write_bytes(b"x" * 100)
@@ -370,10 +460,31 @@ def test_the_benchmark_reads_the_same_frames_with_every_decoder(tmp_path: Path) 
     assert set(chosen) | set(absent) == {
         "tartvg", "tartvg, in a process of its own", "torchcodec", "decord", "ffmpeg"
     }  # fmt: skip
-    frames = {name: read(long) for name, read in chosen.items() if name != "ffmpeg"}  # it rounds times differently
+    # ffmpeg rounds times differently
+    frames = {name: read(long, 9 * benchmark.RATE) for name, read in chosen.items() if name != "ffmpeg"}
     for name, found in frames.items():
         assert found.shape == (18, 140, 280, 3)
         assert np.abs(found.astype(int) - frames["tartvg"]).mean() < 5, name
     shown = benchmark.table("9 s", 18, {"tartvg": [1.0, 2.0], "other": [2.0, 6.0]})
     assert "| other | 4 | 2.50 |" in shown
     stop_decoder()
+
+
+# ---- the last frame ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["two.mp4", "two.mkv", "two.avi", "two.ts"])
+def test_the_last_frame_stays_for_its_own_time(name: str, tmp_path: Path) -> None:
+    """Two frames a minute apart are a minute, not two: their mean distance says nothing about the last one."""
+    path = write(tmp_path / name, [0, 480], codec="mpeg4" if name.endswith("avi") else "libx264")
+    table = scan(path)
+    assert table.gap == pytest.approx(60.0, abs=0.001) and table.duration == pytest.approx(60.125, abs=0.001)
+    assert read_clip(path, FRAMES).duration == table.duration
+
+
+@pytest.mark.parametrize("name", ["e.mp4", "e.mkv", "e.avi", "e.ts"])
+def test_even_frames_last_as_long_as_their_mean_distance_says(name: str, tmp_path: Path) -> None:
+    """To the last bit: the packets of Matroska round their durations to milliseconds."""
+    codec = "mpeg4" if name.endswith("avi") else "libx264"
+    table = scan(write(tmp_path / name, list(range(48)), base=Fraction(1, 24), codec=codec))
+    assert table.stay is None and table.duration == len(table.shown) * table.gap == pytest.approx(2.0)

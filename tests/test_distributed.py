@@ -198,6 +198,23 @@ def test_processes_leave_together_and_go_on(strategy, settings, alone, run_comma
     assert_same_training(strategy, alone, tmp_path / "r")
 
 
+def test_a_signal_after_the_last_step_ends_the_run_before_the_next_stage(settings, run_command, tmp_path):
+    """One process is still in its stage and holds the signal, when the other has left it and waits for the first."""
+    command = [
+        *trainer("ddp", settings), "grpo.max_steps=2", "trainer.checkpoint_every=2", "stage.sequence=[grpo1,filter]",
+        f"runs_dir={tmp_path}", "name=r",
+    ]  # fmt: skip
+    process = start_command(command)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "r/grpo1/checkpoints/step_000002").exists():  # written after the last word about signals
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == REQUEUE_CODE and not (tmp_path / "r/filter").exists()
+    run_command(*command)
+    assert json.loads((tmp_path / "r/filter/manifest.json").read_text())["finished"]
+
+
 def test_a_memory_saving_update_with_every_weight_split(settings, alone, run_command, tmp_path):
     more = ["policy.memory_saving=true", "trainer.persist_below=0", "stage=grpo1", f"runs_dir={tmp_path}", "name=r"]
     run_command(*trainer("zero3", settings), *more)

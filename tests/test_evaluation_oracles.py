@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,8 +160,9 @@ def test_completions_of_time_r1_are_read_as_its_authors_read_them() -> None:
     logged = [json.loads(line)["pred"] for line in path.read_text().splitlines()]
     assert [[p.answer.start, p.answer.end] for p in items if p.answer] == logged
     assert [p.sample_id for p in items] == [f"charades_sta_test_{i}" for i in range(5)]
+    other = [replace(samples[0], windows=samples[20].windows), *samples[1:]]
     with pytest.raises(ValueError, match=r"line 1: its target \[24.3, 30.4\] is not the truth"):
-        read_predictions(path, samples[20:])
+        read_predictions(path, other)
 
 
 @needs_data
@@ -239,7 +241,7 @@ def write_own(tmp_path: Path, spans: list[Span | None]) -> tuple[Path, Path]:
     rows = [{"video": f"{i}.mp4", "query": "q", "window": [0, 10], "duration": 20} for i in range(len(spans) + 1)]
     truth.write_text("\n".join(json.dumps(row) for row in rows))
     lines = [
-        to_json(answer(GroundingSample(f"test_{i}", Path("v.mp4"), "q", (), 20.0, "test"), span, index))
+        to_json(answer(GroundingSample(f"test_{i}", Path(f"{i}.mp4"), "q", (), 20.0, "test"), span, index))
         for i, span in enumerate(spans)
         for index in (0, 1)
     ]
@@ -314,21 +316,57 @@ def test_formats_of_other_works(tmp_path: Path) -> None:
             read_predictions(path, samples)
 
     chat = tmp_path / "chat.json"
-    chat.write_text(json.dumps({"1": {"timestamp": [[1, 2]], "query": "a cat", "vid": "y_0_9.mp4"}}))
+    chat.write_text(json.dumps({"8": {"timestamp": [[1, 2]], "query": "a cat", "vid": "y_0_9.mp4"}}))
     read = read_predictions(chat, samples)
     assert (read.format, read.items[0].sample_id, read.items[0].answer) == ("timechat", "qvhighlights_8", Span(1, 2))
     assert read.ranking() == {"qvhighlights_8": ((Span(1, 2), 1.0),)}
     chat.write_text(json.dumps({"5": {"timestamp": [], "vid": "y"}}))
-    with pytest.raises(ValueError, match="'5' is no row of the 2"):
+    with pytest.raises(ValueError, match="'5' is not among the 2"):
         read_predictions(chat, samples)
 
     said = "<think><timestep>0.5 to 3</timestep></think>\n<answer>\n1.00 to 2.00\n</answer><|im_end|>"
     quoted = 'For example: "12.54 to 17.83" within the <answer> </answer> tags'
-    rows = [{"qid": "data_0", "output_text": said}, {"sample_id": "qvhighlights_8", "completion": quoted}]
+    rows = [{"qid": 7, "output_text": said}, {"sample_id": "qvhighlights_8", "completion": quoted}]
     path.write_text("\n".join(json.dumps(r) for r in rows))
     read = read_predictions(path, samples)
     assert [p.answer for p in read.items] == [Span(1, 2), None]
     assert read.items[0].anchors == (Span(0.5, 3),) and "answer_unreadable" in read.items[1].faults
+
+
+def test_only_predicted_with_two_files_that_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    truth, first = write_own(tmp_path, [Span(0, 10), Span(0, 5), None])
+    rows = first.read_text().splitlines()
+    second = tmp_path / "second.jsonl"
+    second.write_text("\n".join(rows[2:]))
+    first.write_text("\n".join(rows[:4]))
+    command = ["--dataset", "jsonl", "--annotations", str(truth), "--predictions", str(first), "--only-predicted"]
+    assert main([*command, "--predictions-b", str(second)]) == 0
+    shown = capsys.readouterr().out
+    assert "1 queries about 1 videos" in shown and "mIoU +0.00, p = 1.0000" in shown
+    second.write_text("\n".join(rows[4:]))
+    assert main([*command, "--predictions-b", str(second)]) == 1
+    assert capsys.readouterr().err == "error: --only-predicted: the files answer no query in common\n"
+
+
+def test_options_out_of_range_are_named_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = ["--dataset", "jsonl", "--annotations", "nowhere", "--predictions", "nowhere"]
+    (tmp_path / "file").touch()
+    for option, value, message in [
+        ("--seed", "-1", "--seed must be >= 0, got -1"),
+        ("--resamples", "-5", "--resamples must be >= 0, got -5"),
+        ("--json", str(tmp_path), f"--json {tmp_path}: a folder; name a file in it"),
+        ("--json", f"{tmp_path}/file/a/b.json", f"--json {tmp_path}/file/a/b.json: {tmp_path}/file is no folder that"),
+        ("--json", f"{tmp_path}/{'x' * 300}/b", "--json"),
+    ]:
+        assert main([*nowhere, option, value]) == 1
+        shown = capsys.readouterr()
+        assert shown.err.startswith(f"error: {message}") and shown.err.count("\n") == 1 and not shown.out
+    truth, predicted = write_own(tmp_path, [Span(0, 10)])
+    command = ["--dataset", "jsonl", "--annotations", str(truth), "--predictions", str(predicted)]
+    assert main([*command, "--json", str(tmp_path / "new/folder/out.json")]) == 0
+    assert (tmp_path / "new/folder/out.json").is_file()
 
 
 def test_the_command_needs_no_torch(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def test_a_summary_compares_truth_and_control_and_becomes_metrics_and_a_table(tm
     }  # fmt: skip
     nothing = summarise(real, [prediction("c", None)])
     assert nothing["agreement"] is nothing["changed_rate"] is None
+    blind = dataclasses.replace(prediction("a", Span(0, 10)), windows=())
+    assert summarise({"a": blind}, [blind])["real_miou"] is None, "a split without labels has no truth"
     assert controls_as_metrics({**summary, "other": nothing}, "planted") == {
         "eval/planted/shuffled_agreement": 0.5,
         "eval/planted/shuffled_changed_rate": 0.5,
@@ -65,7 +67,7 @@ def test_a_summary_compares_truth_and_control_and_becomes_metrics_and_a_table(tm
         "eval/planted/other_control_miou": 0.0,
     }
     assert controls_table(tmp_path) is None
-    for target in ("base", "grpo2"):
+    for target in ("base", "grpo2", "grpo2.old1"):  # the last was moved aside when its settings changed
         folder = tmp_path / "controls" / target
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(json.dumps({**summary, "other": nothing}))

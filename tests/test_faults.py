@@ -24,8 +24,8 @@ from tartvg.policy.policy import token_batch
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
 from tartvg.training.checkpoint import latest_checkpoint
-from tartvg.training.fitting import fit_rows, fit_update, is_out_of_memory, merge_parts, row_slices
-from tartvg.training.grpo_module import GrpoModule
+from tartvg.training.fitting import NothingFits, fit_rows, fit_update, is_out_of_memory, merge_parts, row_slices
+from tartvg.training.grpo_module import GroupWork, GrpoModule
 from tartvg.training.loop import StageRun, make_trainer
 from tartvg.training.plan import StepDataset, step_loader
 from tartvg.training.sft_module import SftModule, TraceDataset
@@ -104,6 +104,49 @@ def test_a_learning_rate_that_explodes_stops_sft(policy, prompts, tmp_path):
     assert lines(tmp_path / "faults/step_000001.jsonl")[0]["traces"][0]["text"] == "11 12"
 
 
+# -- steps without anything to train on ------------------------------------------------------------------------------
+
+
+def broken(prompt, folder):
+    """The prompt with a video that cannot be decoded."""
+    video = folder / f"{prompt.sample.sample_id}.mp4"
+    video.write_bytes(b"no video")
+    return dataclasses.replace(prompt, sample=dataclasses.replace(prompt.sample, video=video))
+
+
+def test_a_step_whose_videos_are_all_broken_is_left_out(policy, prompts, tmp_path, capsys):
+    """With one prompt a step: the first step has no video, the second has one."""
+    mixed = [broken(prompts[0], tmp_path), prompts[1]]
+    order = [StepDataset(mixed, 1, 0, 0, 4, None)[i].prompts[0] is mixed[0] for i in range(4)]
+    fit(make_grpo(policy, tmp_path, RUBRIC, dataclasses.replace(GRPO, max_steps=4)), tmp_path, mixed, 4, per_step=1)
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert [row.get("optim/skipped") == 1.0 for row in rows] == order and sum(order) == 2
+    assert [(f["kind"], f["in_row"]) for f in lines(tmp_path / "faults.jsonl")] == [("empty_step", 1)] * 2
+    assert latest_checkpoint(tmp_path / "checkpoints").step == 4
+
+
+def test_many_such_steps_stop_the_stage(policy, prompts, tmp_path):
+    module = make_grpo(policy, tmp_path, RUBRIC, dataclasses.replace(GRPO, max_steps=9))
+    module.faults.max_skipped = 3
+    with pytest.raises(SettingError, match=r"3 steps in a row .*no video of theirs can be decoded.*stage=validate"):
+        fit(module, tmp_path, [broken(prompt, tmp_path) for prompt in prompts], 9)
+    assert [row["progress/step"] for row in lines(tmp_path / "metrics.jsonl")] == [0, 1]
+
+
+def test_sft_leaves_such_a_step_out_too(policy, prompts, tmp_path):
+    mixed = [broken(prompts[0], tmp_path), prompts[1]]
+    by_id = {p.sample.sample_id: p for p in mixed}
+    settings = SftConfig(epochs=1, batch_size=1, lr=1e-3)
+    with Tracker(tmp_path, OFF, "r", "sft", {}, 0) as tracker:
+        data = TraceDataset([Trace(key, "11 12", 7.0, ()) for key in by_id], by_id, settings, 0)
+        module = SftModule(policy, settings, StageRun("sft", tmp_path, 0, data.stop, 1), tracker)
+        loader = torch.utils.data.DataLoader(data, batch_size=1, collate_fn=lambda b: b[0])
+        make_trainer(CPU, tmp_path).fit(module, loader)
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert sorted(row.get("optim/skipped", 0.0) for row in rows) == [0.0, 1.0]
+    assert lines(tmp_path / "faults.jsonl")[0]["kind"] == "empty_step"
+
+
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +206,7 @@ def test_a_group_that_never_fits_is_left_out_and_the_others_are_not():
                       lambda *note: notes.append(note[:2]))  # fmt: skip
     assert norm == 8 + 80
     assert notes == [(1, 2), (1, 4), (2, 2), (2, 4), (2, 8), (2, 0)] and len(attempts) == 7
-    with pytest.raises(SettingError, match="no group of this step fits into memory"):
+    with pytest.raises(NothingFits):
         fit_update(update, losses[2:], [1], is_out_of_memory, lambda: None, lambda *_: None)
     with pytest.raises(ValueError, match="else"):
         fit_update(lambda _: (_ for _ in ()).throw(ValueError("else")), losses, [8] * 3, is_out_of_memory,
@@ -176,15 +219,16 @@ def test_a_group_in_parts_has_the_same_gradient(policy, prompts, tmp_path, aggre
     prepared = policy.prepare(prompts[0])
     completions = [Completion("x", tuple(range(20, 20 + n)), (-3.0,) * n, True) for n in (5, 2, 7, 3, 4)]
     tokens = token_batch(completions, policy.device)
-    group = RolloutGroup(prompts[0], (), 0)
     with policy.as_reference():
         reference_GT = policy.logps(prepared, tokens) + 0.1
+    group = RolloutGroup(prompts[0], (), 0)
+    work = GroupWork(0, prepared, group, tokens, reference_GT, torch.zeros_like(tokens.logps))
     advantages_G = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0])
 
     def gradient(slices):
         module.zero_grad()
         for part in slices:
-            module.group_loss(2, prepared, tokens, reference_GT, advantages_G, group, parts, part).backward()
+            module.group_loss(work, advantages_G, parts, part, num_groups=2).backward()
         return torch.cat([p.grad.flatten() for p in module.trainable() if p.grad is not None])
 
     parts = []

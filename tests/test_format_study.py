@@ -53,6 +53,9 @@ def test_compliance() -> None:
     assert column(table, 4) == ["50.0", "0.0", "0.0", "25.0"]  # and with two anchors
     assert column(table, 5) == ["1.00", "3.00", "1.00", "1.50"]
     assert column(table, 6) == ["100.0", "0.0", "0.0", "33.3"]
+    three = [*PREDICTIONS, said("c", 2, 9, [TRUTH, TRUTH, TRUTH], TRUTH)]
+    assert column(compliance_table(three), 4) == ["50.0", "0.0", "50.0", "40.0"]
+    assert column(compliance_table(three, 2), 4) == ["50.0", "0.0", "0.0", "20.0"]
 
 
 def test_progress() -> None:
@@ -79,4 +82,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(to_json(p)) + "\n" for p in PREDICTIONS))
     assert main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("\n| all | ") == 2 and "**Failure modes**" in shown
+    assert shown.count("\n| all | ") == 2 and "**Failure modes**" in shown and "without a cap" in shown
+
+
+def test_the_command_counts_with_the_cap_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three anchors where two are the most are not valid, as stage=evaluate has it."""
+    predictions = [said("a", 0, 3, [TRUTH, TRUTH, TRUTH], TRUTH)]
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(to_json(p)) + "\n" for p in predictions))
+    for cap, share in ((2, "0.0 [0.0, 0.0]"), (3, "100.0 [100.0, 100.0]")):
+        (tmp_path / "config.yaml").write_text(f"anchors: {{target: 2, max: {cap}}}\n")
+        assert main([str(tmp_path)]) == 0
+        shown = capsys.readouterr().out
+        assert f"| all | 1 | 1 | 100.0 [100.0, 100.0] | {share} |" in shown and f"Valid: at most {cap} anchors" in shown

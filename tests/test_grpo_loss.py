@@ -150,6 +150,16 @@ def test_kl_of_one_token(kl: KlEstimator, value: float, slope: float):
     assert gradient.item() == pytest.approx(3 * slope)
 
 
+def test_k3_pulls_back_however_far_the_policy_went():
+    """Beyond the clamp of the exponential the linear term goes on: its gradient is 1 where exp(delta) vanishes."""
+    logps = torch.tensor([[-1.0]], requires_grad=True)
+    inputs = LossInputs(logps, logps.detach(), torch.tensor([[-26.0]]), torch.zeros(1), torch.ones(1, 1))
+    out = grpo_loss(inputs, LossSettings(kl_coef=1.0))
+    assert float(out.loss.detach()) == pytest.approx(24.0)
+    (gradient,) = torch.autograd.grad(out.loss, logps)
+    assert float(gradient) == pytest.approx(1.0)
+
+
 def test_k3_is_accurate_for_tiny_gaps_in_single_precision():
     inputs = one_token(0.0, 0.0)
     inputs = replace(

@@ -84,7 +84,7 @@ def test_sizes_are_multiples_of_28_within_the_budget():
         share = settings.total_pixels * 2 // frames
         assert h * w <= max(min(settings.max_pixels, share), settings.min_pixels * 1.05)
         assert abs(h / w - height / width) < 0.35
-    with pytest.raises(VideoError, match="aspect"):
+    with pytest.raises(ValueError, match="aspect"):
         target_size(10, 3000, 2, settings)
 
 

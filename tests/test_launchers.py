@@ -21,14 +21,18 @@ pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the e
 __all__ = ["clone"]  # the fixture
 
 CLUSTER = {
-    # Runs every task of the array at once, as the node would, and answers like the real command.
+    # Runs every task of the array at once, as the node would, and again if asked to; answers like the real command.
     "sbatch": """#!/bin/bash
 script="${@: -1}"
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
 cp "$script" "$FAKE_CLUSTER/submission.sh"
 for i in $(seq 0 "${last:-0}"); do
-  SLURM_JOB_ID=$((43 + i)) SLURM_ARRAY_JOB_ID=42 SLURM_ARRAY_TASK_ID=$i SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 \\
-    SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_JOB_NODELIST=node1 bash "$script" >"$FAKE_CLUSTER/$i.log" 2>&1 &
+  for attempt in 1 2 3; do
+    rm -f "$FAKE_CLUSTER/again_42_$i"
+    SLURM_JOB_ID=$((43 + i)) SLURM_ARRAY_JOB_ID=42 SLURM_ARRAY_TASK_ID=$i SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 \\
+      SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_JOB_NODELIST=node1 bash "$script"
+    [[ -e "$FAKE_CLUSTER/again_42_$i" ]] || break
+  done >"$FAKE_CLUSTER/$i.log" 2>&1 &
 done
 echo "Submitted batch job 42"
 """,
@@ -40,8 +44,31 @@ exec "$@"
 echo "JobID|State|NodeList"
 for i in 0 1 2 3; do echo "42_$i|RUNNING|node1"; done
 """,
-    "scontrol": "#!/bin/bash\necho node1\n",
+    "scontrol": """#!/bin/bash
+[[ "$1" == requeue ]] && touch "$FAKE_CLUSTER/again_$2" && ls "$FAKE_CLUSTER" >"$FAKE_CLUSTER/there_$2"
+echo node1
+""",
 }
+WARNED_STAGE = """
+import os
+import signal
+from pathlib import Path
+
+from tartvg.config.preemption import PREEMPTION, Preempted
+
+
+def run(config):
+    saved = Path(os.environ["FAKE_CLUSTER"], f"saved_42_{config.seed}")
+    if saved.exists():
+        return
+    PREEMPTION.listen()  # as a training does when it begins
+    try:
+        os.kill(os.getpid(), signal.SIGUSR2)  # as SLURM does before the time limit
+        signal.pause()
+    except Preempted:
+        saved.touch()
+        raise
+"""
 
 
 @pytest.fixture
@@ -54,8 +81,10 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     yield {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE_CLUSTER": str(folder)}
 
 
-def sweep(clone: Path, cwd: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
+def sweep(
+    clone: Path, cwd: Path, *arguments: str, stage: str = RECORDING_STAGE, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    (clone / "tartvg" / "stages.py").write_text(stage)
     environment = {k: v for k, v in os.environ.items() if k not in ("TARTVG_ROOT", "HYDRA_FULL_ERROR")}
     environment |= {"PYTHONPATH": str(clone), **variables}
     command = [sys.executable, str(clone / "run.py"), "sweeps=anchors", *arguments]
@@ -112,3 +141,18 @@ def test_a_dry_run_of_slurm_submits_an_array_and_collects_it(
     }
     seen = json.loads((tmp_path / "runs" / "anchors" / "anchors=two,seed=0" / "seen.json").read_text())
     assert seen == [2, 0]
+
+
+@pytest.mark.slow
+def test_a_job_that_slurm_warns_is_saved_then_requeued_and_goes_on(
+    clone: Path, tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    arguments = ("anchors=one", "seed=0,1", "hydra/launcher=slurm")
+    done = sweep(clone, tmp_path, *arguments, stage=WARNED_STAGE, **cluster)
+    folder = Path(cluster["FAKE_CLUSTER"])
+    assert done.returncode == 0, done.stderr + "".join(p.read_text() for p in folder.glob("*.log"))
+    assert "--signal=USR2@300" in (folder / "submission.sh").read_text()
+    assert outcome(tmp_path) == {f"anchors=one,seed={seed}": ("finished", 0) for seed in (0, 1)}
+    for seed in (0, 1):
+        there = (folder / f"there_42_{seed}").read_text().split()
+        assert f"saved_42_{seed}" in there, "requeueing ends a job: it comes after the saving"

@@ -11,6 +11,7 @@ from tartvg.data.scene import RULES, make_scene
 from tartvg.grpo import LossInputs, LossSettings, grpo_loss
 from tartvg.policy.loading import save_adapter
 from tartvg.policy.policy import Policy, token_batch
+from tartvg.policy.prefix_attention import is_exact
 from tartvg.types import GroundingSample, Prompt, Span
 
 WAYS = {
@@ -115,6 +116,13 @@ def test_completions_do_not_see_one_another(settings, prompts, rollouts):
     for row, completion in enumerate(rollouts[0]):
         alone = policy.logps(item, token_batch([completion], policy.device))[0]
         assert torch.allclose(together[row, : len(alone)], alone, atol=1e-6)
+
+
+def test_the_first_update_of_a_process_may_be_a_memory_saving_one(settings, prompts, rollouts):
+    """Nothing that is asked once per process may be asked inside a layer that runs again in the backward pass."""
+    is_exact.cache_clear()
+    policy = Policy(dataclasses.replace(settings, memory_saving=True), seed=1)
+    policy.logps(policy.prepare(prompts[0]), token_batch(rollouts[0], policy.device)).sum().backward()
 
 
 def test_the_attention_implementation_is_restored(settings, prompts, rollouts):

@@ -126,6 +126,50 @@ def test_the_reference_of_a_continued_adapter_is_that_adapter(policy, settings, 
     assert any(p.requires_grad for p in continued.model.parameters())
 
 
+def test_the_reference_knows_no_dropout(settings, prompts, tmp_path):
+    from tartvg.config import LoraConfig
+    from tartvg.policy.loading import save_adapter
+
+    settings = dataclasses.replace(settings, lora=LoraConfig(rank=4, dropout=0.5))
+    first = Policy(settings, seed=1)
+    for name, parameter in first.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.1
+    save_adapter(first.model, tmp_path, "base")
+    policy = Policy(settings, adapter=tmp_path).train()
+    prepared, groups = completions(policy, prompts[:1])
+    batch = token_batch(groups[0], policy.device)
+    passes = []
+    for _ in range(2):
+        with policy.as_reference():
+            passes.append(policy.logps(prepared[0], batch))
+    assert torch.equal(*passes) and policy.training
+    assert not torch.equal(policy.logps(prepared[0], batch).detach(), passes[0]), "the policy itself has dropout"
+
+
+@pytest.mark.parametrize("damage", ["missing", "unexpected", "no safetensors"])
+def test_an_adapter_that_does_not_fit_is_refused(policy, settings, tmp_path, damage):
+    """PEFT would leave what is missing as it was born."""
+    from safetensors.torch import load_file, save_file
+
+    from tartvg.policy.loading import save_adapter
+
+    save_adapter(policy.model, tmp_path, "base")
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    if damage == "missing":
+        del weights[name]
+    if damage == "unexpected":
+        weights[name.replace("layers.0", "layers.99")] = weights[name].clone()
+    save_file(weights, file)
+    if damage == "no safetensors":
+        file.write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors") as e:
+        Policy(settings, adapter=tmp_path)
+    assert damage == "no safetensors" or damage in str(e.value)
+
+
 def test_a_group_does_not_depend_on_its_neighbours(policy, prompts):
     _, together = completions(policy, prompts)
     prepared = policy.prepare(prompts[1])

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: saved, gone in time, with the code that a cluster script requeues on, and resumed exactly."""
+"""What a cluster sends: saved, gone in time, with the code that a cluster script requeues on, and resumed exactly."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from conftest import start_command
 from interruptions import PATIENCE, num_lines, results
 from test_checkpoint import names
 
-from tartvg.config.preemption import REQUEUE_CODE, Preempted, Preemption
+from tartvg.config.preemption import REQUEUE_CODE, SIGNALS, Preempted, Preemption
 
 SECONDS = 30
 """What the project promises; SLURM's default between SIGTERM and SIGKILL."""
@@ -19,13 +19,13 @@ SECONDS = 30
 
 @pytest.fixture
 def preemption():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield Preemption()
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_at_once_unless_it_is_held(preemption, number):
     preemption.listen()
     with pytest.raises(Preempted) as caught:
@@ -61,6 +61,37 @@ def test_a_forked_worker_leaves_the_decision_to_its_parent():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == str(int(signal.SIGTERM)), result.stderr
+
+
+SUBMITTED = """
+import os, signal, sys
+from tartvg.config.preemption import PREEMPTION
+
+def requeue(number, frame):
+    print("requeued", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)  # SLURM's answer
+    sys.exit(-1)
+
+signal.signal(signal.SIGUSR2, requeue)
+for _ in range(2):
+    PREEMPTION.listen()
+if len(sys.argv) > 1:
+    PREEMPTION.hold()
+    for _ in range(2):
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+print("saved", flush=True)
+PREEMPTION.release()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [("SIGUSR2", REQUEUE_CODE, "saved requeued"), ("SIGTERM", REQUEUE_CODE, "saved"), (None, 0, "saved")],
+)
+def test_who_listened_to_submitits_signal_before_gets_it_after_the_run(number, code, said):
+    command = [sys.executable, "-c", SUBMITTED, *([number] if number else [])]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout.split()) == (code, said.split()), result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +140,7 @@ def test_a_signal_in_any_stage_is_resumed_exactly(settings, run_command, tmp_pat
         (signal.SIGUSR1, lambda: (cut / "grpo1/manifest.json").exists()),
         (signal.SIGTERM, lambda: (cut / "filter/manifest.json").exists()),
         (signal.SIGTERM, lambda: num_lines(cut / "sft/metrics.jsonl") >= 1),
-        (signal.SIGUSR1, lambda: (cut / "evaluate/sft/batches").exists()),
+        (signal.SIGUSR2, lambda: (cut / "evaluate/sft/batches").exists()),
     ):
         assert interrupt([*command, "name=cut"], number, is_time) == REQUEUE_CODE
     run_command(*command, "name=cut")

@@ -80,7 +80,7 @@ def test_without_the_kernels_the_numbers_are_the_same(policy, prompts, monkeypat
     batch = token_batch(policy.sample([item], 3, SamplingConfig(max_new_tokens=9), [1])[0], policy.device)
     found = []
     for is_joined in (True, False):
-        for module in (prefix_attention, packed):
+        for module in (prefix_attention, packed):  # packed asks under a name of its own
             monkeypatch.setattr(module, "is_exact", lambda *_, is_joined=is_joined: is_joined)
         logps = policy.logps(item, batch)
         policy.zero_grad()

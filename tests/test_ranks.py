@@ -21,6 +21,7 @@ from tartvg.config import (
     Strategy,
     TrainerConfig,
 )
+from tartvg.config.preemption import SIGNALS
 from tartvg.config.processes import needs_processes, run_processes
 from tartvg.policy.policy import Policy, TokenBatch
 from tartvg.prompts import build_prompt
@@ -94,7 +95,7 @@ def test_one_process_talks_to_itself():
     assert (ranks.rank(), ranks.world_size(), ranks.is_leader()) == (0, 1, True)
     assert ranks.gather(["a", "b"]) == ["a", "b"]
     assert ranks.largest(1.5, -2) == [1.5, -2] == ranks.total(1.5, -2)
-    assert ranks.by_leader(lambda: 3) == 3
+    assert ranks.by_leader(lambda: 3) == 3 and ranks.told(4) == 4
 
 
 TALK = """
@@ -111,7 +112,11 @@ alone = []
 assert ranks.by_leader(lambda: alone.append(ranks.world_size())) is None
 assert alone == ([1] if me == 0 else [])
 assert ranks.by_leader(lambda: 4) == 4
+assert ranks.by_leader(lambda: ranks.by_leader(lambda: 5)) == 5 and ranks.world_size() == 3
+with ranks.leader_first():
+    pass
 ranks.leave()
+assert ranks.world_size() == 1
 sys.exit(40 + me if "fail" in sys.argv else 0)
 """
 
@@ -122,6 +127,33 @@ def test_three_processes_talk(tmp_path):
     script.write_text(TALK)
     assert run_processes(3, [sys.executable, str(script)]) == 0
     assert run_processes(3, [sys.executable, str(script), "fail"]) == 40
+
+
+WAITING = """
+import sys, time
+from tartvg.config import Strategy, TrainerConfig
+from tartvg.training import ranks
+ranks.join(TrainerConfig(devices=2, strategy=Strategy.ddp, timeout_min=0.05))
+me = ranks.rank()
+assert ranks.by_leader(lambda: time.sleep(4) or 4) == 4, "the leader's work may take longer"
+with ranks.leader_first():
+    time.sleep(4 * ranks.is_leader())
+begun = time.monotonic()
+try:
+    if me == 1:
+        time.sleep(15)
+    ranks.agreed(False)
+except RuntimeError as error:
+    sys.exit(50 if me == 0 and time.monotonic() - begun < 12 and "Timed out" in str(error) else 1)
+"""
+
+
+@pytest.mark.slow
+def test_only_the_leader_is_waited_for_with_patience(tmp_path):
+    """Three seconds are the limit within a step."""
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING)
+    assert run_processes(2, [sys.executable, str(script)]) == 50
 
 
 def test_every_process_has_its_rank_and_the_exit_code_comes_back(tmp_path, monkeypatch):
@@ -138,15 +170,15 @@ import os, pathlib, signal, sys, time
 def end(*_):
     pathlib.Path(sys.argv[1], "told" + os.environ["RANK"]).touch()
     sys.exit(9)
-signal.signal(signal.SIGTERM, end)
+signal.signal(getattr(signal, sys.argv[2]), end)
 pathlib.Path(sys.argv[1], "pid" + os.environ["RANK"]).write_text(str(os.getpid()))
 time.sleep(60)
 """
 START = "import sys; from tartvg.config.processes import run_processes; sys.exit(run_processes(2, sys.argv[1:]))"
 
 
-def started(tmp_path):
-    command = [sys.executable, "-c", START, sys.executable, "-c", WAIT, str(tmp_path)]
+def started(tmp_path, awaited=signal.SIGTERM):
+    command = [sys.executable, "-c", START, sys.executable, "-c", WAIT, str(tmp_path), awaited.name]
     process = subprocess.Popen(command)
     deadline = time.monotonic() + 60
     files = [tmp_path / "pid0", tmp_path / "pid1"]
@@ -156,9 +188,10 @@ def started(tmp_path):
     return process, [int(file.read_text()) for file in files]
 
 
-def test_sigterm_reaches_every_process(tmp_path):
-    process, _ = started(tmp_path)
-    process.terminate()
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_a_cluster_sends_reaches_every_process(tmp_path, number):
+    process, _ = started(tmp_path, number)
+    process.send_signal(number)
     assert process.wait(timeout=60) == 9
     assert (tmp_path / "told0").exists() and (tmp_path / "told1").exists()
 

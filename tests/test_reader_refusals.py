@@ -1,18 +1,27 @@
-"""What a reader refuses: paths that leave their folder, values out of bounds, files that are none."""
+"""What a reader refuses: paths that leave their folder, values out of bounds, files that are none, and predictions
+about something else than the query that they name."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import pytest
+from test_decoding import FRAMES, write
 
 from tartvg.config import DatasetConfig, DatasetName
 from tartvg.data import activitynet, jsonl, tacos
 from tartvg.data.annotations import ReadOptions
 from tartvg.data.datasets import load_samples
+from tartvg.data.packets import FORMATS, VideoError, open_video
+from tartvg.data.video import read_clip
+from tartvg.evaluation.formats import _Index, read_predictions
+from tartvg.records import to_json
+from tartvg.types import GroundingSample, Prediction, Span
 
 TEST = ReadOptions("test")
 
@@ -154,3 +163,133 @@ def test_the_command_names_file_and_line_without_a_traceback(tmp_path, small, ru
                          f"runs_dir={tmp_path}/runs", check=False)  # fmt: skip
     assert result.returncode == 2
     assert "train.jsonl, line 2: video '/etc/passwd'" in result.stderr and "Traceback" not in result.stderr
+
+
+# ---- video files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("ffconcat version 1.0\nfile usual.mp4\n", "concat"),
+        ("v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n", "sdp"),
+    ],
+)
+def test_a_text_that_names_another_file_opens_none(tmp_path: Path, text: str, name: str) -> None:
+    write(tmp_path / "usual.mp4", list(range(8)))
+    path = tmp_path / "list.mp4"
+    path.write_text(text)
+    level = av.logging.get_level()
+    with pytest.raises(VideoError, match=rf"list\.mp4: its container format is {name}, which is not read"):
+        read_clip(path, FRAMES)
+    assert av.logging.get_level() == level
+
+
+def test_the_containers_that_are_read_are_demuxers_of_ffmpeg(tmp_path: Path) -> None:
+    assert all(av.ContainerFormat(name, "r").is_input for name in FORMATS)
+    for ending, codec in [("flv", "flv"), ("mpg", "mpeg2video"), ("wmv", "wmv2"), ("gif", "gif"), ("h264", "libx264")]:
+        pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+        # MPEG-2 knows a few rates only
+        path = write(tmp_path / f"a.{ending}", list(range(8)), base=Fraction(1, 25), codec=codec, pix_fmt=pix_fmt)
+        with open_video(path) as container:
+            assert len(container.streams.video) == 1, ending
+
+
+def test_an_error_about_the_shape_names_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "strip.mp4", list(range(8)), size=(2, 404))
+    with pytest.raises(VideoError, match=r"strip\.mp4: aspect ratio of 2x404 is over 200"):
+        read_clip(path, FRAMES)
+
+
+# ---- prediction files --------------------------------------------------------------------------------------------
+
+
+def answered(sample: GroundingSample, span: Span) -> Prediction:
+    return Prediction(sample.sample_id, 0, sample.query, sample.video.as_posix(), sample.windows, sample.duration, "",
+                      (), span, (), True)  # fmt: skip
+
+
+def named(ids: list[str], *names: object) -> list[str]:
+    """The ids of the samples that completions with these names are taken for."""
+    samples = [GroundingSample(i, Path("v.mp4"), "q", (Span(0, 2),), 9.0, "test") for i in ids]
+    index = _Index(samples)
+    return [index.named(str(name), "f").sample_id for name in names]
+
+
+def test_a_number_in_a_name_is_never_a_position() -> None:
+    """A wrong position gives numbers, too: each of these was read as the query in that row."""
+    rows = [f"charades_sta_train_{i}" for i in (0, 1, 3, 4, 20)]  # row 2 was dropped
+    assert named(rows, 3, "4", "charades_3", "charades_train_20", rows[1]) == [rows[2], rows[3], rows[2], rows[4],
+                                                                              rows[1]]  # fmt: skip
+    highlights = ["qvhighlights_2342", "qvhighlights_781", "qvhighlights_9"]
+    assert named(highlights, 781, "qvhighlights_9") == highlights[1:]
+    captions = ["activitynet_test_v_a_0", "activitynet_test_v_a_2", "activitynet_test_v_b_2"]
+    assert named(captions, "v_b_2", "test_v_a_2", captions[0]) == [captions[2], captions[1], captions[0]]
+    assert named(["tacos_test_s13-d21_0", "tacos_test_s13-d25_0"], "s13-d25_0") == ["tacos_test_s13-d25_0"]
+    assert named(["my_clips_0", "my_clips_17"], 17, "clips_17") == ["my_clips_17"] * 2
+    for ids, name in [
+        (rows, 2), (rows, "3MSZA_1"), (rows, "charades_test_1"), (rows, "data_1"), (highlights, 0), (captions, 2),
+        (captions, "activitynet_1"), (captions, "v_c_1"), (["a", "test_1"], "1"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match="is not among the"):
+            named(ids, name)
+    with pytest.raises(ValueError, match="'b_1' may be any of a_b_1, a_b_b_1"):
+        named(["a_b_1", "a_b_b_1"], "b_1")
+
+
+def test_raw_completions_are_read_by_their_names(tmp_path: Path) -> None:
+    ids = ["qvhighlights_2342", "qvhighlights_781"]
+    samples = [GroundingSample(i, Path("x.mp4"), "q", (Span(0, 2),), 9.0, "val") for i in ids]
+    path = tmp_path / "p.jsonl"
+    said = {"output_text": "<answer>1.00 to 2.00</answer>"}
+    path.write_text(json.dumps({"qid": 781, **said}))
+    assert [p.sample_id for p in read_predictions(path, samples).items] == ["qvhighlights_781"]
+    path.write_text(json.dumps([said, said]))
+    with pytest.raises(ValueError, match="entry '0': nothing says which query it answers"):
+        read_predictions(path, samples)
+    path.write_text(json.dumps({"qid": 781, "video": "y.mp4", **said}))
+    with pytest.raises(ValueError, match=r"video 'y\.mp4', but qvhighlights_781 is about x\.mp4"):
+        read_predictions(path, samples)
+
+
+def test_the_form_of_a_file_is_told_by_its_content(tmp_path: Path) -> None:
+    samples = [GroundingSample(f"test_{i}", Path("v.mp4"), "q", (Span(0, 2),), 9.0, "test") for i in (0, 1)]
+    chat = {f"{i}": {"timestamp": [[i, 2]], "vid": "v.mp4"} for i in (0, 1)}
+    own = [to_json(answered(s, Span(i, 2))) for i, s in enumerate(samples)]
+    lines = "\n".join(json.dumps(row) for row in own)
+    forms = [
+        json.dumps(chat),
+        json.dumps(chat, indent=1),
+        lines,
+        f"\n{lines}\n\n",
+        json.dumps(own),
+        json.dumps(own, indent=1),
+    ]
+    for text in forms:
+        for name in ("p.json", "p.jsonl", "p.txt"):
+            path = tmp_path / name
+            path.write_text(text)
+            assert [p.answer for p in read_predictions(path, samples).items] == [Span(0, 2), Span(1, 2)], (name, text)
+    path.write_text(json.dumps(own[1]))
+    assert [p.sample_id for p in read_predictions(path, samples).items] == ["test_1"]
+    path.write_text(lines.replace("{", '{"duration": NaN, ', 1))
+    with pytest.raises(ValueError, match=r"line 1: not usable as JSON \(NaN"):
+        read_predictions(path, samples)
+
+
+@pytest.mark.parametrize(
+    ("said", "is_same"),
+    [
+        ("/data/videos/x/a.mp4", True), ("x/a.mp4", True), ("a.mp4", True), ("a.mkv", True), ("a", True),
+        ("/data/videos/y/a.mp4", False), ("y/a.mp4", False), ("x/b.mp4", False),
+    ],
+)  # fmt: skip
+def test_our_own_records_are_compared_with_the_video(tmp_path: Path, said: str, is_same: bool) -> None:
+    one = GroundingSample("test_0", Path("x/a.mp4"), "q", (Span(0, 2),), 9.0, "test")
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({**to_json(answered(one, Span(0, 2))), "video": said}))
+    if is_same:
+        assert read_predictions(path, [one]).items[0].answer == Span(0, 2)
+    else:
+        with pytest.raises(ValueError, match=r"line 1: video '.*', but test_0 is about x/a\.mp4"):
+            read_predictions(path, [one])

@@ -341,6 +341,45 @@ def test_carving_is_stable_and_by_video(tmp_path: Path) -> None:
     assert (len(load_samples(settings, "train")), len(load_samples(settings, "val"))) == (74, 1)
 
 
+def test_an_official_validation_split_is_never_carved(tmp_path: Path) -> None:
+    """Without its file the stage names it, and trains on all of the training file."""
+    entry = {"duration": 20, "fps": 1, "num_frames": 20, "timestamps": [[0, 5]], "sentences": ["one"]}
+    dump(tmp_path / "train.json", {f"video{i}": entry for i in range(13)})
+    rows = [
+        {"qid": i, "query": "q", "vid": f"video{i}", "duration": 9, "relevant_windows": [[0, 2]]} for i in range(13)
+    ]
+    (tmp_path / "highlight_train_release.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    files = {"tacos": "val.json", "activitynet": "val_1.json or val", "qvhighlights": "highlight_val_release.jsonl"}
+    for name, file in files.items():
+        settings = DatasetConfig(name=DatasetName(name), root=str(tmp_path))
+        assert len(load_samples(settings, "train")) == 13
+        with pytest.raises(ValueError, match=f"no val split in .*: it needs {file}"):
+            load_samples(settings, "val")
+
+
+def test_the_scorer_splits_a_training_file_as_the_stages_do(tmp_path: Path) -> None:
+    rows = [{"video": f"video{i}.mp4", "query": "q", "window": [0, 1], "duration": 5} for i in range(37)]
+    path, other = tmp_path / "train.jsonl", tmp_path / "mine.jsonl"
+    for file in (path, other):
+        file.write_text("\n".join(json.dumps(row) for row in rows))
+    settings = DatasetConfig(name=DatasetName.jsonl, root=str(tmp_path))
+
+    def ids(split: str, file: Path = path) -> list[str]:
+        return [s.sample_id for s in read_files(DatasetName.jsonl, [file], split).samples]
+
+    for split, count in (("train", 34), ("val", 3)):
+        assert ids(split) == [s.sample_id for s in load_samples(settings, split)] and len(ids(split)) == count
+    assert len(ids("val", other)) == 37  # a file of another name is what it is said to be
+    path.with_name("val.jsonl").write_text(json.dumps(rows[0]))
+    assert ids("train") == [s.sample_id for s in load_samples(settings, "train")] and len(ids("train")) == 37
+    assert ids("val", path.with_name("val.jsonl")) == [s.sample_id for s in load_samples(settings, "val")] == ["val_0"]
+    table, sta = tmp_path / "Charades_v1_train.csv", tmp_path / "charades_sta_train.txt"
+    table.write_text("id,length\n" + "".join(f"video{i},9\n" for i in range(37)))
+    sta.write_text("".join(f"video{i} 0.0 1.0##q.\n" for i in range(37)))
+    found = read_files(DatasetName.charades_sta, [sta, table], "val").samples
+    assert [s.sample_id for s in found] == [f"charades_sta_train_{i}" for i in (12, 23, 36)]
+
+
 def test_a_split_that_is_not_there_names_its_files(tmp_path: Path) -> None:
     settings = DatasetConfig(name=DatasetName.charades_sta, root=str(tmp_path))
     with pytest.raises(ValueError, match=r"no test split in .*charades_sta_test\.txt \+ Charades_v1_test\.csv or"):

@@ -13,12 +13,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from tartvg.config.jobs import Job
 from tartvg.evaluation.score import score
 from tartvg.records import append_jsonl, dumps, write_atomic, write_jsonl
 from tartvg.report.cards import choose_cases, marked
 from tartvg.report.curves import running_mean
 from tartvg.report.page import build_report
-from tartvg.report.runs import first_and_last_groups, read_run, read_scores
+from tartvg.report.runs import Metrics, first_and_last_groups, read_run, read_scores
 from tartvg.report.strips import contact_row, film_strip, thumbnails
 from tartvg.report.tables import (
     Cell,
@@ -112,10 +113,12 @@ def write_metrics(run: Path, stage: str, num_steps: int) -> None:
     for step in range(num_steps):
         share = step / max(1, num_steps - 1)
         line: dict[str, Any] = {"progress/step": step, "loss/total": 0.5 - 0.3 * share, "time/update_s": 0.25}
+        line["optim/grad_norm"] = 2.0 - share
         if stage != "sft":
             line |= {"reward/total_mean": 1 + 5 * share, "anchors/valid_rate": 0.25 + 0.6 * share}
             line |= {"anchors/count_mean": 1.4 + 0.6 * share, "anchors/refinement_rate": 0.5 + 0.3 * share}
-            line |= {"loss/kl": None if step == 0 else 0.01 * share, "time/sample_s": 1.5}
+            line |= {"loss/kl": 0.0, "rollout/kl": None if step == 0 else 0.01 * share, "time/sample_s": 1.5}
+            line |= {"rollout/entropy": 1.5 - share, "rollout/truncated_rate": 0.1 * share}
         lines.append(line)
     write_jsonl(run / stage / "metrics.jsonl", lines)
     write_atomic(run / stage / "manifest.json", dumps({"seconds": 75.0, "finished": stage != "grpo2"}))
@@ -200,13 +203,15 @@ def test_the_page_has_every_part(demo: tuple[Path, dict[str, GroundingSample], s
         assert f'<section id="{anchor}">' in page
     assert 'id="missing"' not in page
     assert page.count('class="frames"') == 6
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 10
+    for title in ("KL to the reference", "Entropy", "Outputs cut off by the length limit", "Gradient norm"):
+        assert f"<figcaption>{title}" in page
     assert page.count('<p class="kind">best improved</p>') == 2
     assert page.count('<p class="kind">step 0, best</p>') == page.count('<p class="kind">step 1, worst</p>') == 2
     assert '<mark class="anchor">&lt;timestamp&gt;' in page
     assert "Not finished: grpo2" in page
     for number in ("61.1", "50.2", "83.6", "59.3", "41.3"):
-        assert f"<td>{number}</td>" in page
+        assert f'<td class="theirs">{number}</td>' in page
     assert "not comparable" in page
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
@@ -257,6 +262,12 @@ def test_one_scored_policy_and_lost_or_damaged_videos(tmp_path: Path) -> None:
     assert [row[0].text for row in stage_table(read_scores(tmp_path / "run")).rows][-1] == "my_adapter"
 
 
+def test_a_failed_job_says_so_on_the_page_of_its_run(tmp_path: Path) -> None:
+    Job(["seed=0"]).end(tmp_path / "cell", 1, "ValueError: <b>")
+    page = build_report(tmp_path / "cell", {}, tmp_path / "a.html").read_text("utf-8")
+    assert "The job of this run failed: ValueError: &lt;b&gt;" in page
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     write_atomic(tmp_path / "filter" / "summary.json", "{")
     with pytest.raises(ValueError, match=r"summary\.json"):
@@ -282,6 +293,11 @@ def test_seconds_add_up_by_stage(demo: tuple[Path, dict[str, GroundingSample], s
     assert [c.text for c in table.rows[0]] == ["grpo1", "1 min 00 s", "10.0 s", "1 min 15 s"]
     assert [c.text for c in table.rows[1]] == ["sft", "–", "3.0 s", "1 min 15 s"]  # noqa: RUF001
     assert seconds_table({}, {}) is None
+    drawn: Metrics = [{"time/update_s": 0.5, "time/monitor_s": 2.0, "time/decode_s": 1.0}] * 2
+    table = seconds_table({"rollouts": drawn}, {"rollouts": {"seconds": 8.0}, "controls/grpo2": {"seconds": 30.0}})
+    assert table is not None and table.columns == ("Stage", "decode", "update", "monitor", "whole stage")
+    assert [c.text for c in table.rows[0]] == ["rollouts", "2.0 s", "1.0 s", "4.0 s", "8.0 s"]
+    assert [c.text for c in table.rows[1]] == ["controls/grpo2", "–", "–", "–", "30.0 s"]  # noqa: RUF001
     assert [duration(s) for s in (0.123, 59.94, 60, 3599.6, 11220)] == [
         *("0.12 s", "59.9 s", "1 min 00 s"),
         *("1 h 00 min", "3 h 07 min"),

@@ -3,12 +3,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from tartvg.evaluation.score import RULES, answer_iou, paired_p_value, score, scorecard_from_json
+from tartvg.evaluation.score import (
+    RULES,
+    Conventions,
+    answer_iou,
+    paired_p_value,
+    score,
+    scorecard_from_json,
+    scorecard_to_json,
+)
 from tartvg.records import to_json
+from tartvg.response import parse_response
 from tartvg.types import GroundingSample, Prediction, Span
 
 
@@ -91,7 +101,7 @@ def test_format_figures_describe_the_sampled_completions() -> None:
         prediction("a", (0, 10), faults=("stray_text",)),  # greedy: not counted
         prediction("a", (0, 12), 1, good),  # valid, refined, consistent
         prediction("a", (0, 12), 2, ((0, 12),)),  # right format, one anchor
-        prediction("a", (0, 9), 3, (*good, (30, 40), (0, 9)), ("answer_mismatch",)),  # +, -, + ; consistent
+        prediction("a", (0, 9), 3, (*good, (30, 40), (0, 9)), ("stray_text",)),  # +, -, + ; consistent
         prediction("a", (0, 5), 4, ()),  # an answer without an anchor is not consistent
         prediction("a", None, 5, good, ("no_answer",)),  # refined; says nothing about consistency
     ]
@@ -104,6 +114,21 @@ def test_format_figures_describe_the_sampled_completions() -> None:
     assert card.consistency_rate == pytest.approx(3 / 4)
     assert card.oracle_iou == pytest.approx(9 / 10)
     assert card.miou.value == 1.0
+
+
+def test_an_answer_is_the_last_anchor_where_the_parser_says_so() -> None:
+    """Half a unit of the last digit apart, they are the same to the format; so they are here."""
+
+    def said(answer: str) -> Prediction:
+        text = f"<think><timestamp>13.10 to 16.90</timestamp></think><answer>{answer}</answer>"
+        response = parse_response(text)
+        faults = tuple(fault.value for fault in response.faults)
+        assert response.answer is not None
+        return prediction("a", response.answer, 0, response.anchors, faults)
+
+    found = [score([sample("a")], [said(answer)]) for answer in ("13.10 to 16.90", "13.105 to 16.9", "13.11 to 16.90")]
+    assert [card.consistency_rate for card in found] == [1.0, 1.0, 0.0]
+    assert [card.format_rate.value for card in found] == [1.0, 1.0, 0.0]
 
 
 def test_more_anchors_than_the_cap_are_not_valid() -> None:
@@ -204,6 +229,18 @@ def test_p_value_equals_the_exact_permutation_distribution() -> None:
 def test_a_scorecard_survives_json() -> None:
     card = score([sample("a"), sample("b")], [prediction("a", (0, 10)), prediction("b", None, 1)])
     assert scorecard_from_json(json.loads(json.dumps(to_json(card)))) == card
+
+
+def test_a_scorecard_on_disk_names_its_conventions() -> None:
+    card = score([sample("a"), sample("b")], [prediction("a", (0, 10))], rule="union", strict=True)
+    conventions = Conventions("union", is_strict=True, is_clipped=False)
+    stored = json.loads(json.dumps(scorecard_to_json(card, conventions)))
+    assert {name: stored[name] for name in asdict(conventions)} == {
+        "rule": "union", "is_strict": True, "is_clipped": False
+    }  # fmt: skip
+    assert scorecard_from_json(stored) == card
+    older = {name: value for name, value in stored.items() if name not in (*asdict(conventions), "oracle_iou")}
+    assert scorecard_from_json(older).miou == card.miou
 
 
 def test_scoring_needs_no_torch() -> None:

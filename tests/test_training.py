@@ -1,6 +1,7 @@
 """Plans, traces and one step of each kind of training, on an untrained tiny base."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -52,6 +53,72 @@ def test_steps_continue_where_they_stopped(prompts):
     assert rest[0].step == 4 and rest[0].prompts == whole[4].prompts
     loaded = list(step_loader(whole, 0))
     assert [batch.step for batch in loaded] == list(range(6))
+
+
+def recorded_losses(module):
+    """Every LossInputs of a training, in order."""
+    from tartvg.training import grpo_module
+
+    seen = []
+
+    def noting(inputs, *rest, loss=grpo_module.grpo_loss):
+        seen.append(inputs)
+        return loss(inputs, *rest)
+
+    return seen, noting
+
+
+def test_the_first_update_has_a_ratio_of_one_and_later_ones_compare_with_it(policy, prompts, tmp_path, monkeypatch):
+    """Also where sampling rounds otherwise than training: what was recorded there is disturbed here."""
+    settings = dataclasses.replace(GRPO, max_steps=1, num_iterations=3)
+    module = make_grpo(policy, tmp_path, Rubric(RewardConfig(), AnchorsConfig()), settings)
+    module.advantages = lambda group: torch.tensor([1.0, -1.0, 0.5, -0.5])
+    sample = policy.sample
+
+    def disturbed(*args):
+        return [
+            [dataclasses.replace(c, logps=tuple(v - 0.25 for v in c.logps)) for c in group] for group in sample(*args)
+        ]
+
+    policy.sample = disturbed
+    seen, noting = recorded_losses(module)
+    monkeypatch.setattr("tartvg.training.grpo_module.grpo_loss", noting)
+    make_trainer(CPU, tmp_path).fit(module, step_loader(StepDataset(prompts, 2, 0, 0, 1, None), 0))
+    assert len(seen) == 6
+    for first, *later in (seen[0::2], seen[1::2]):
+        assert torch.equal(first.logps_GT.detach(), first.old_logps_GT)
+        for inputs in later:
+            assert torch.equal(inputs.old_logps_GT, first.old_logps_GT)
+            assert not torch.equal(inputs.logps_GT.detach(), inputs.old_logps_GT)
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["rollout/logp_gap"] == pytest.approx(0.25, abs=1e-5)
+
+
+def test_groups_without_difference_are_dropped_and_counted(policy, prompts, tmp_path, monkeypatch):
+    settings = dataclasses.replace(GRPO, max_steps=2, drop_zero_variance=True, kl_coef=0.5)
+    module = make_grpo(policy, tmp_path, Rubric(RewardConfig(), AnchorsConfig()), settings)
+    judge = GrpoModule.judge
+
+    def judged(prompt, completions, step):
+        """The untrained base earns nothing anywhere; in the first step one group's rewards are told apart."""
+        group = judge(module, prompt, completions, step)
+        if step or prompt is not prompts[0]:
+            return group
+        rollouts = [
+            dataclasses.replace(r, reward=dataclasses.replace(r.reward, total=float(i)))
+            for i, r in enumerate(group.rollouts)
+        ]
+        return dataclasses.replace(group, rollouts=tuple(rollouts))
+
+    module.judge = judged
+    seen, noting = recorded_losses(module)
+    monkeypatch.setattr("tartvg.training.grpo_module.grpo_loss", noting)
+    make_trainer(CPU, tmp_path).fit(module, step_loader(StepDataset(prompts, 2, 0, 0, 2, None), 0))
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert len(seen) == 1 and first["group/zero_variance_rate"] == 0.5 and "optim/skipped" not in first
+    assert second["group/zero_variance_rate"] == 1.0 and second["optim/skipped"] == 1.0
+    assert not (tmp_path / "faults.jsonl").exists(), "no fault: nothing went wrong"
+    assert len((tmp_path / "rollouts.jsonl").read_text().splitlines()) == 4
 
 
 def test_loader_workers_decode(prompts):

@@ -20,7 +20,7 @@ FRAMES = FramesConfig(min_pixels=784, max_pixels=3136, total_pixels=200_000, tim
 
 
 def write_video(path: Path, times_ms: list[int]) -> None:
-    """Frames of 64x64 noise at the given times, in milliseconds."""
+    """Frames of 64x64 noise at the given times, in milliseconds; the last one stays for as long as the one before."""
     rng = np.random.default_rng(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
@@ -28,11 +28,15 @@ def write_video(path: Path, times_ms: list[int]) -> None:
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
         stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        packets = []
         for pts in times_ms:
             frame = av.VideoFrame.from_ndarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8), format="rgb24")
             frame.pts, frame.time_base = pts, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+            packets += stream.encode(frame)
+        packets += stream.encode()
+        for packet in packets:
+            packet.duration = times_ms[-1] - times_ms[-2]
+            container.mux(packet)
 
 
 def write_sound(path: Path) -> None:
@@ -100,7 +104,7 @@ def test_a_folder_with_faults(tmp_path: Path, workers: int, capsys: pytest.Captu
     (tmp_path / "videos/broken.mp4").write_bytes(b"\0" * 1000)
     assert run_validation(settings, FRAMES, "test", tmp_path / "out", workers) == 1
     report = json.loads((tmp_path / "out/validation.json").read_text())
-    assert (report["num_queries"], report["num_videos"], report["lost_queries"]) == (10, 5, 6)
+    assert (report["num_queries"], report["num_videos"], report["lost_queries"]) == (10, 5, 4)  # of two videos
     assert report["faulty_videos"] == {
         "missing": 1,
         "unreadable": 1,
@@ -112,6 +116,24 @@ def test_a_folder_with_faults(tmp_path: Path, workers: int, capsys: pytest.Captu
     assert [Path(f["video"]).name for f in report["findings"]] == ["broken.mp4", "gone.mp4", "long.mp4"]
     assert report["video_hours"] == pytest.approx(9 / 3600)
     assert "gone.mp4: no such file" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_video_of_another_length_is_an_error_but_not_lost(tmp_path: Path) -> None:
+    """Training uses it, so its queries are not among those that it goes on without."""
+    settings = write_dataset(tmp_path, ["long.mp4"])
+    write_video(tmp_path / "videos/long.mp4", list(range(0, 5000, 125)))
+    assert run_validation(settings, FRAMES, "test", tmp_path / "out", 0) == 1
+    report = json.loads((tmp_path / "out/validation.json").read_text())
+    assert (report["affected_queries"]["duration_disagrees"], report["lost_queries"]) == (2, 0)
+
+
+def test_a_split_without_queries_is_of_no_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training refuses it, too."""
+    settings = write_dataset(tmp_path, ["a.mp4"])
+    (tmp_path / "test.jsonl").write_text("\n")
+    assert run_validation(settings, FRAMES, "test", tmp_path / "out", 0) == 2
+    assert "error: dataset=jsonl has no queries in split test" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/validation.json").read_text())["exit_code"] == 2
 
 
 def test_a_clean_folder_and_unusable_annotations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,6 +155,22 @@ def misbehave(kind: str) -> str:
     if kind == "raise":
         raise RuntimeError("on purpose")
     return kind.upper()
+
+
+class Pickled:
+    """What a decoder that was taken over by its file would like to send: reading it runs code."""
+
+    def __init__(self, mark: str) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (self.mark,)
+
+
+def test_nothing_that_a_worker_sends_runs_code_here(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    ((_, reply),) = map_isolated(Pickled, [str(mark)], workers=1, timeout_s=30.0)
+    assert isinstance(reply, WorkerError) and not mark.exists()
 
 
 @pytest.mark.slow
@@ -162,4 +200,4 @@ def test_charades_with_a_folder_of_made_videos(tmp_path: Path) -> None:
     assert (report["quirks"]["beyond_end"], report["quirks"]["clipped"]) == (562, 562)
     counts = report["faulty_videos"]
     assert (counts["missing"], counts["unreadable"], counts["duration_disagrees"]) == (1331, 1, 1)
-    assert report["lost_queries"] == 3720 - 4
+    assert report["lost_queries"] == 3720 - 4 - 1

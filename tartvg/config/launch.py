@@ -52,7 +52,7 @@ class JobFailed(Exception):
 def launch(main: Callable[[], object]) -> int:
     """Run a `hydra.main` function; returns the exit code.
 
-    0 finished, 1 failed, 2 refused, 75 asked to leave by SIGTERM or SIGUSR1: the same command continues.
+    0 finished, 1 failed, 2 refused, 75 asked to leave by a signal of `preemption.SIGNALS`: the same command continues.
     """
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them, and `explain` words them
@@ -123,7 +123,7 @@ def job_config(cfg: DictConfig) -> Config:
     require(
         config.trainer.devices == 1 or is_started(),
         "trainer.devices",
-        "1 in a sweep, unless torchrun starts the processes",
+        "1 in a sweep, unless torchrun or srun starts the processes",
         config.trainer.devices,
     )
     hydra = HydraConfig.get()
@@ -135,11 +135,12 @@ def job_config(cfg: DictConfig) -> Config:
         "left alone in a sweep over experiments, which bring their own; runs_dir=... is free",
         config.name,
     )
+    top = Path(config.name).parent.as_posix() if is_over_experiments else config.name
     return dataclasses.replace(
         config,
         name=job_name(config.name, hydra.job.override_dirname),
         reuse_stages=True if config.reuse_stages is None else config.reuse_stages,
-        tracking=dataclasses.replace(config.tracking, group=config.tracking.group or _sweep_group(config.name)),
+        tracking=dataclasses.replace(config.tracking, group=config.tracking.group or _sweep_group(top)),
     )
 
 

@@ -141,6 +141,9 @@ class GrpoConfig:
     advantage_eps: float = 1e-4
     aggregation: Aggregation = Aggregation.sequence_mean
     importance: ImportanceLevel = ImportanceLevel.token
+    drop_zero_variance: bool = False
+    """Leave groups whose rewards are all equal out of the loss: they have no advantage, only a KL penalty. They are
+    recorded and counted all the same (group/zero_variance_rate). Nothing is drawn in their place."""
     mask_truncated: bool = False
     """Leave completions that hit the length limit out of the loss."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

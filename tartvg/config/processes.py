@@ -1,7 +1,8 @@
 """Starting one process per device with the same command. No torch.
 
 Every process composes the same settings and goes through the same stages; `tartvg.training.ranks` tells it who it is.
-torchrun starts the processes in the same way, over several nodes too: what it started is not started again.
+torchrun and `recipes/slurm.sbatch` start the processes in the same way, over several nodes too, and name them by the
+same variables (RANK and its like): what they started is not started again.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from collections.abc import Sequence
 from types import FrameType
 
 from tartvg.config import Config, StageName, Strategy, require
+from tartvg.config.preemption import SIGNALS
 
 TRAINED = (StageName.grpo1, StageName.sft, StageName.grpo2)
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = SIGNALS
 """Ctrl-C is not among them: the terminal sends it to every process itself."""
 GRACE_S = 30.0
 """Seconds that the others get to end by themselves once one process has failed, and again after SIGTERM."""
@@ -43,7 +45,7 @@ def is_parallel(config: Config) -> bool:
 
 
 def needs_processes(config: Config) -> bool:
-    """Whether this command has to start processes. Over several nodes torchrun does."""
+    """Whether this command has to start processes. Over several nodes a launcher does."""
     if not is_parallel(config):
         return False
     vision, trainer = config.policy.lora.vision, config.trainer
@@ -52,15 +54,17 @@ def needs_processes(config: Config) -> bool:
     if is_started():
         return False
     nodes = trainer.num_nodes
-    require(nodes == 1, "trainer.num_nodes", "1 unless torchrun starts the processes (README, Many GPUs)", nodes)
+    require(
+        nodes == 1, "trainer.num_nodes", "1 unless torchrun or srun starts the processes (README, Many GPUs)", nodes
+    )
     return trainer.devices > 1
 
 
 def run_processes(count: int, command: Sequence[str] | None = None) -> int:
     """Run `command` (default: this very one) once per rank; returns the exit code, rank 0's before any other's.
 
-    When a process fails, the others get `GRACE_S` to end and are stopped then. SIGTERM and SIGUSR1 are handed on. The
-    processes die with this one, however it dies.
+    When a process fails, the others get `GRACE_S` to end and are stopped then. What a cluster sends is handed on.
+    The processes die with this one, however it dies.
     """
     command = [sys.executable, *sys.argv] if command is None else list(command)
     with socket.socket() as probe:

@@ -12,9 +12,11 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import asdict, astuple
 from pathlib import Path
 
@@ -22,13 +24,19 @@ import numpy as np
 
 import tartvg
 from tartvg.config import FramesConfig
-from tartvg.data.decoder_process import READY
+from tartvg.data.decoder_process import READY, SENT
 from tartvg.data.packets import VideoError
 from tartvg.data.video import Clip
 from tartvg.records import append_jsonl, read_jsonl
 
 STARTING_S = 300.0
 """Allowance for the process to import what it needs; counts towards no file's limit."""
+ENDING_S = 5.0
+"""Allowance for a process that has hung up to leave its exit code."""
+
+
+class DecoderKilled(VideoError):
+    """The decoder was ended from outside, which says nothing about the file."""
 
 
 class ClipReader:
@@ -45,13 +53,15 @@ class ClipReader:
         self._size_read = 0
 
     def read(self, path: Path, settings: FramesConfig) -> Clip:
-        """The clip of a file. Raises VideoError with the reason, which is on the list then."""
+        """The clip of a file. Raises VideoError with the reason, which is on the list then, or DecoderKilled."""
         key = json.dumps([*identity(path), astuple(settings)])
         self._refresh()
         if key in self._reasons:
             raise VideoError(self._reasons[key])
         try:
             return decode_isolated(path, settings)
+        except DecoderKilled:
+            raise
         except VideoError as error:
             self._reasons[key] = str(error)
             if self.quarantine is not None:
@@ -85,12 +95,13 @@ class _Decoder:
         self.connection, theirs = multiprocessing.Pipe()
         root = str(Path(tartvg.__file__).parents[1])
         known = os.environ.get("PYTHONPATH")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tartvg.data.decoder_process", str(theirs.fileno())],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{known}" if known else root},
-        )
+        with _blocked_signals():
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tartvg.data.decoder_process", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{known}" if known else root},
+            )
         theirs.close()  # else the end of the process would not close the connection
         try:
             if not self.connection.poll(STARTING_S) or self.connection.recv_bytes() != READY:
@@ -111,14 +122,24 @@ class _Decoder:
                 raise VideoError(reply["error"])
             pixels = np.frombuffer(bytearray(self.connection.recv_bytes()), dtype=np.uint8)
         except (EOFError, OSError) as error:
-            self.stop()
-            raise VideoError(f"{path}: its decoder crashed (exit code {self.process.returncode})") from error
+            raise self._hung_up(path) from error
         except VideoError:
             raise
         except BaseException:  # such as Ctrl-C: the reply that is still to come belongs to nobody
             self.stop()
             raise
         return Clip(pixels.reshape(reply["shape"]), tuple(reply["times"]), reply["duration"])
+
+    def _hung_up(self, path: Path) -> VideoError:
+        """What became of the process that was decoding `path`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(ENDING_S)  # `stop` would replace the reason by its own SIGKILL
+        code = self.process.returncode
+        self.stop()
+        if code is None or -code not in SENT:
+            return VideoError(f"{path}: its decoder crashed (exit code {code})")
+        why = "; perhaps by the system, for want of main memory" if -code == signal.SIGKILL else ""
+        return DecoderKilled(f"{path}: its decoder was ended by {signal.Signals(-code).name}{why}")
 
     def stop(self) -> None:
         """End the process. One that a dead file system holds is not waited for."""
@@ -128,13 +149,33 @@ class _Decoder:
             self.process.wait(timeout=2)
 
 
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """What is started in the block never gets the signals of `SENT`; those of this process wait for its end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SENT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _lock = threading.Lock()
 _decoders: dict[int, _Decoder] = {}
 """By process id: a forked worker must not talk through its parent's connection."""
 
 
 def decode_isolated(path: Path, settings: FramesConfig) -> Clip:
-    """`read_clip` in the process kept for this one. Raises VideoError, after `settings.timeout_s` at the latest."""
+    """`read_clip` in the process kept for this one. Raises VideoError, after `settings.timeout_s` at the latest.
+
+    A file whose decoder is ended from outside gets a second try, with a limit of its own; then DecoderKilled.
+    """
+    try:
+        return _decode(path, settings)
+    except DecoderKilled:
+        return _decode(path, settings)
+
+
+def _decode(path: Path, settings: FramesConfig) -> Clip:
     with _lock:
         decoder = _decoders.get(os.getpid())
         if decoder is None or decoder.process.poll() is not None:

@@ -1,8 +1,8 @@
 """The one table from a data set's name to its reader and its files; `load_samples` is what stages call.
 
 `dataset.root` holds the annotation files under the names of `SOURCES` (the first alternative that is there is read),
-`dataset.videos` the videos, named as each reader documents. A data set without a validation file has its validation
-split carved out of the training videos (`tartvg.data.splits`).
+`dataset.videos` the videos, named as each reader documents. A data set that was published without a validation split
+has one carved out of the training videos (`tartvg.data.splits`), unless its folder has a validation file.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ class Source:
     read: Reader
     train: Files = ()
     val: Files = ()
-    """Empty or absent: carved out of train."""
     test: Files = ()
+    is_carved: bool = False
+    """No validation split was published: without a file of `val` it is a part of the training videos."""
 
 
 SOURCES: dict[DatasetName, Source] = {
@@ -42,6 +43,7 @@ SOURCES: dict[DatasetName, Source] = {
         train=(("charades_sta_train.txt", "Charades_v1_train.csv"), ("charades_train.json",), ("train.json",)),
         val=(("charades_val.json",), ("val.json",)),
         test=(("charades_sta_test.txt", "Charades_v1_test.csv"), ("charades_test.json",), ("test.json",)),
+        is_carved=True,
     ),
     DatasetName.qvhighlights: Source(
         qvhighlights.read,
@@ -56,8 +58,12 @@ SOURCES: dict[DatasetName, Source] = {
         test=(("val_2.json",), ("test.json",)),
     ),
     DatasetName.tacos: Source(tacos.read, train=(("train.json",),), val=(("val.json",),), test=(("test.json",),)),
-    DatasetName.tvgbench: Source(tvgbench.read, train=(("train_2k5.json",),), test=(("tvgbench.json",),)),
-    DatasetName.jsonl: Source(jsonl.read, train=(("train.jsonl",),), val=(("val.jsonl",),), test=(("test.jsonl",),)),
+    DatasetName.tvgbench: Source(
+        tvgbench.read, train=(("train_2k5.json",),), test=(("tvgbench.json",),), is_carved=True
+    ),
+    DatasetName.jsonl: Source(
+        jsonl.read, train=(("train.jsonl",),), val=(("val.jsonl",),), test=(("test.jsonl",),), is_carved=True
+    ),
     # `annotations.jsonl` of a drawn data set, for the stand-alone scorer; stages go through `load_planted`.
     DatasetName.planted: Source(jsonl.read),
     DatasetName.planted_long: Source(jsonl.read),
@@ -82,12 +88,10 @@ def load_annotations(settings: DatasetConfig, split: str) -> Annotations:
         return Annotations(tuple(load_planted(Path(settings.root), settings.planted, split, settings.name.value)))
     root = Path(settings.root)
     source = SOURCES[settings.name]
-    val = _present(root, source.val)
-    files = {"train": source.train, "val": source.val, "test": source.test}[split]
-    is_carved = val is None and split != "test"
-    paths = _present(root, source.train if is_carved else files)
+    is_carved = _is_carved(source, root, split)
+    wanted = source.train if is_carved else {"train": source.train, "val": source.val, "test": source.test}[split]
+    paths = _present(root, wanted)
     if paths is None:
-        wanted = source.train if is_carved else files
         raise ValueError(
             f"dataset={settings.name.value} has no {split} split in {root}: "
             + (f"it needs {' or '.join(' + '.join(names) for names in wanted)} there" if wanted else "there is none")
@@ -108,13 +112,20 @@ def load_annotations(settings: DatasetConfig, split: str) -> Annotations:
 def read_files(name: DatasetName, paths: Sequence[Path], split: str, *, clip_windows: bool = True) -> Annotations:
     """Annotation files given by hand, for the stand-alone scorer: video paths are relative and no video is needed.
 
-    The validation split of Charades-STA and TVGBench is carved out of the *training* files given.
+    Training files under the names of `SOURCES` are split as `load_annotations` splits them. Under another name a file
+    is all of the split that it is said to be.
     """
     source = SOURCES[name]
-    is_carved = split == "val" and name in (DatasetName.charades_sta, DatasetName.tvgbench)
+    is_training = any({path.name for path in paths} == set(names) for names in source.train)
+    is_carved = is_training and _is_carved(source, paths[0].parent, split)
     options = ReadOptions("train" if is_carved else split, clip_windows=clip_windows)
     annotations = source.read(paths, options)
     return replace(annotations, samples=tuple(carve(annotations.samples, split))) if is_carved else annotations
+
+
+def _is_carved(source: Source, root: Path, split: str) -> bool:
+    """Whether a split is a part of the training file in `root`."""
+    return split != "test" and source.is_carved and _present(root, source.val) is None
 
 
 def _present(root: Path, alternatives: Files) -> tuple[Path, ...] | None:

@@ -55,9 +55,9 @@ class Painter:
         """uint8 (height, width, 3)."""
         if self.size is None:
             self.matrix = display_matrix(frame)
-            size = (frame.width, frame.height) if is_lying(self.matrix) else (frame.height, frame.width)
+            size = (frame.width, frame.height) if is_sideways(self.matrix) else (frame.height, frame.width)
             self.size = self.size_of(*size)
-        height, width = self.size[::-1] if is_lying(self.matrix) else self.size
+        height, width = self.size[::-1] if is_sideways(self.matrix) else self.size
         scaled = self.scaler.reformat(frame, width=width, height=height, format="rgb24", interpolation="BICUBIC")
         return upright(scaled.to_ndarray(), self.matrix)
 
@@ -75,7 +75,7 @@ def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
     return 1, 0, 0, 1
 
 
-def is_lying(matrix: tuple[int, int, int, int]) -> bool:
+def is_sideways(matrix: tuple[int, int, int, int]) -> bool:
     """Whether the matrix exchanges height and width."""
     return matrix[1] != 0
 
@@ -83,9 +83,9 @@ def is_lying(matrix: tuple[int, int, int, int]) -> bool:
 def upright(image: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
     """The image as a player shows it; phones write what the sensor saw and say how they were held."""
     a, b, c, d = matrix
-    if is_lying(matrix):
+    if is_sideways(matrix):
         image = image.transpose(1, 0, 2)
-    across, down = (c, b) if is_lying(matrix) else (a, d)
+    across, down = (c, b) if is_sideways(matrix) else (a, d)
     return image[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
 
 

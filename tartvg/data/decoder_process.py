@@ -3,6 +3,9 @@
 Video files come from the internet, and decoders are C code: here one may crash or hang without taking the training
 along. Requests and replies are JSON and raw pixels, never pickles, so that a decoder that was taken over by its file
 has no way back into the process that asked.
+
+What is sent to a whole group of processes (Ctrl-C by a terminal, SIGTERM by torchrun, SIGUSR1 by SLURM) is for the
+process that asks: the decoder is started with `SENT` blocked, and ends with the connection.
 """
 
 from __future__ import annotations
@@ -20,13 +23,16 @@ from tartvg.data.packets import VideoError
 from tartvg.data.video import read_clip
 
 READY = b"ready"
+SENT = frozenset(
+    {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGKILL}
+)
+"""Signals by which somebody, or the system, ends a process. A decoder that crashes dies of others."""
 ORPHAN_S = 10.0
 """A request that runs so much longer than its limit ends the process, for whoever asked is gone."""
 
 
 def serve(connection: Connection) -> None:
     """Answer requests until the other side closes the connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; its end closes the connection
     connection.send_bytes(READY)
     while True:
         try:

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import av
+from av.error import ArgumentError, FFmpegError
 from av.stream import Discard
 
 VARIABLE_SPACING = 0.2
@@ -22,6 +23,12 @@ VARIABLE_SHARE = 0.01
 """The frame rate is variable when more than this share of the gaps is odd: one dropped frame is not."""
 MAX_PIXELS = 2**25
 """A frame of more pixels (8192 * 4096) is a damaged header: decoding it would take gigabytes."""
+FORMATS = (
+    "mov", "matroska", "avi", "mpegts", "mpeg", "flv", "asf", "ogg", "ivf", "gif", "h264", "hevc", "m4v", "mpegvideo",
+)  # fmt: skip
+"""Demuxers, by FFmpeg's names, that may read a file (mov: mp4 and 3gp, too; matroska: webm; mpeg: mpg and vob; asf:
+wmv). FFmpeg goes by the content, and some of the others open whatever a text file names."""
+_ALLOWED = {"format_whitelist": ",".join(FORMATS)}
 
 
 class VideoError(ValueError):
@@ -49,6 +56,10 @@ class PacketTable:
     """Mean seconds between two shown frames."""
     has_times: bool
     """Whether every packet carries a presentation time."""
+    stay: float | None = None
+    """Seconds that the last frame stays by its own packet, where frames are not evenly spaced or are but two.
+
+    None: `gap`, as muxers make the last packet's duration up from a nominal rate."""
 
     @cached_property
     def shown(self) -> list[int]:
@@ -58,7 +69,9 @@ class PacketTable:
     @property
     def duration(self) -> float:
         """Seconds from the first frame to the end of the last one."""
-        return len(self.shown) * self.gap
+        if self.stay is None:
+            return len(self.shown) * self.gap
+        return self.seconds(self.shown[-1]) + self.stay
 
     def seconds(self, stamp: int) -> float:
         """Seconds from the first shown frame."""
@@ -81,12 +94,14 @@ def scan(path: Path, deadline: float = float("inf")) -> PacketTable:
         stream = container.streams.video[0]
         assert stream.time_base is not None
         stamps: list[int | None] = []
+        durations: list[int | None] = []
         flags: list[tuple[bool, bool, int]] = []
         for packet in container.demux(stream):
             if time.monotonic() > deadline:
                 raise VideoError(f"{path}: reading its packets took too long")
             if packet.size:  # the last one is empty and asks the decoder for the rest
                 stamps.append(packet.pts)
+                durations.append(packet.duration)
                 flags.append((packet.is_keyframe, not packet.is_discard, packet.size))
         rate, base = float(stream.average_rate or 0), stream.time_base
     if not any(is_shown for _, is_shown, _ in flags):
@@ -97,12 +112,25 @@ def scan(path: Path, deadline: float = float("inf")) -> PacketTable:
     if not has_times:
         return PacketTable(tuple(range(len(stamps))), is_key, is_shown, sizes, base, 1 / rate if rate else 0.5, False)
     times = [float(stamp * base) for stamp, is_one in zip(known, is_shown, strict=True) if is_one]
-    return PacketTable(known, is_key, is_shown, sizes, base, _mean_gap(times, base, rate), True)
+    gap = _mean_gap(times, base, rate)
+    # The last in the order of decoding: mp4 keeps distances in that order, and only its last one is no distance.
+    last = max(number for number, is_one in enumerate(is_shown) if is_one)
+    stay = None if _are_even(sorted(times), gap) else _stay(durations[last], base, gap)
+    return PacketTable(known, is_key, is_shown, sizes, base, gap, True, stay)
 
 
 def open_video(path: Path) -> av.container.InputContainer:
-    """Open a file that has a video stream of a sane size; other streams are not read. Raises VideoError."""
-    container = av.open(str(path), metadata_errors="replace")
+    """Open a file that has a video stream of a sane size; other streams are not read.
+
+    Raises VideoError, also for a container of none of the `FORMATS`, and PyAV's errors for what no demuxer recognises.
+    """
+    try:
+        container = av.open(str(path), metadata_errors="replace", options=_ALLOWED)
+    except ArgumentError as error:
+        name = _refused_format(path)
+        if name is None:
+            raise
+        raise VideoError(f"{path}: its container format is {name}, which is not read") from error
     try:
         if not container.streams.video:
             raise NoVideoStream(f"{path}: no video stream")
@@ -118,6 +146,31 @@ def open_video(path: Path) -> av.container.InputContainer:
         container.close()
         raise
     return container
+
+
+def _refused_format(path: Path) -> str | None:
+    """The demuxer that the list has kept from reading a file: only FFmpeg's log names it. None for another error."""
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as messages:
+            av.open(str(path), options=_ALLOWED).close()
+    except FFmpegError:
+        pass
+    finally:
+        av.logging.set_level(level)
+    return next((name for _, name, text in messages if text.startswith("Format not on whitelist")), None)
+
+
+def _are_even(times: list[float], gap: float) -> bool:
+    """Whether several frames at `times` (ascending) are all about `gap` apart."""
+    return len(times) > 2 and all(abs(b - a - gap) <= VARIABLE_SPACING * gap for a, b in pairwise(times))
+
+
+def _stay(duration: int | None, base: Fraction, gap: float) -> float | None:
+    """Seconds that the last frame stays; None where the last packet does not say so, or says the mean gap."""
+    seconds = float(duration * base) if duration else 0.0
+    return seconds if seconds > 0 and abs(seconds - gap) > float(base) else None
 
 
 def _mean_gap(times: list[float], base: Fraction, rate: float) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -21,7 +22,7 @@ from tartvg.data.annotations import Annotations, Quirks
 from tartvg.data.datasets import load_annotations
 from tartvg.data.examine import VideoFacts, VideoFault, examine
 from tartvg.data.workers import WorkerError, map_isolated
-from tartvg.records import dumps, write_atomic
+from tartvg.records import dumps, to_json, write_atomic
 from tartvg.types import GroundingSample
 
 GRACE_S = 30.0
@@ -30,6 +31,8 @@ MAX_SHOWN = 5
 """Videos of each fault on the screen; the file has all of them."""
 
 EXIT_CLEAN, EXIT_FAULTY, EXIT_UNREADABLE = 0, 1, 2
+LOST = frozenset({VideoFault.MISSING, VideoFault.UNREADABLE, VideoFault.NO_VIDEO_STREAM})
+"""Training goes on without these videos; one of another length is used as it is."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class ValidationReport:
     affected_queries: dict[str, int]
     """Fault -> queries about those videos."""
     lost_queries: int
-    """Queries about videos with an error, each counted once."""
+    """Queries about videos that cannot be used (`LOST`), each counted once."""
     video_hours: float
     """Length of all videos that could be read."""
     findings: tuple[VideoFinding, ...]
@@ -70,11 +73,15 @@ def run_validation(config_dataset: DatasetConfig, frames: FramesConfig, split: s
 
     `workers` processes examine videos; 0 does it in this one. Returns the exit code: 0 when every video can be used
     (quirks of annotations have policies and are only reported), 1 when a video has an error, 2 when the annotations
-    themselves cannot be read or the split does not exist.
+    themselves cannot be read, hold no query, or the split does not exist.
     """
     console = Console()
     try:
         annotations = load_annotations(config_dataset, split)
+        if not annotations.samples:
+            raise ValueError(
+                f"dataset={config_dataset.name.value} has no queries in split {split}: nothing to train on"
+            )
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         failure = {"dataset": config_dataset.name.value, "split": split, "error": str(error)}
@@ -97,16 +104,17 @@ def validate(
     jobs = _jobs(annotations.samples)
     facts_of: dict[Path, VideoFacts] = {}
     results = map_isolated(partial(_examine, frames=frames), jobs, workers, frames.timeout_s + GRACE_S)
-    for (path, _), facts in track(results, description=f"examining {len(jobs)} videos", total=len(jobs)):
-        if isinstance(facts, WorkerError):
-            facts = VideoFacts(faults=(VideoFault.UNREADABLE,), detail=f"{path}: {facts}")
-        facts_of[path] = facts
+    for (path, _), result in track(results, description=f"examining {len(jobs)} videos", total=len(jobs)):
+        if isinstance(result, WorkerError):
+            facts_of[path] = VideoFacts(faults=(VideoFault.UNREADABLE,), detail=f"{path}: {result}")
+        else:
+            facts_of[path] = _facts_from_json(result)
     findings = tuple(
         VideoFinding(path.as_posix(), facts.faults, facts.detail, queries_of[path])
         for path, facts in sorted(facts_of.items())
         if facts.faults
     )
-    lost = sum(f.num_queries for f in findings if any(fault.is_error for fault in f.faults))
+    is_faulty = any(fault.is_error for finding in findings for fault in finding.faults)
     return ValidationReport(
         dataset=dataset,
         split=split,
@@ -115,10 +123,10 @@ def validate(
         quirks=annotations.quirks,
         faulty_videos={x.value: sum(x in f.faults for f in findings) for x in VideoFault},
         affected_queries={x.value: sum(f.num_queries for f in findings if x in f.faults) for x in VideoFault},
-        lost_queries=lost,
+        lost_queries=sum(f.num_queries for f in findings if LOST & {*f.faults}),
         video_hours=sum(facts.duration or 0.0 for facts in facts_of.values()) / 3600,
         findings=findings,
-        exit_code=EXIT_FAULTY if lost else EXIT_CLEAN,
+        exit_code=EXIT_FAULTY if is_faulty else EXIT_CLEAN,
     )
 
 
@@ -163,6 +171,10 @@ def _jobs(samples: Iterable[GroundingSample]) -> list[tuple[Path, float]]:
     return list(annotated.items())
 
 
-def _examine(job: tuple[Path, float], frames: FramesConfig) -> VideoFacts:
-    """`examine` as a function of one argument, at the top of a module: processes have to find it by its name."""
-    return examine(job[0], frames, job[1])
+def _examine(job: tuple[Path, float], frames: FramesConfig) -> Any:
+    """`examine` from one argument to JSON, at the top of a module: processes have to find it by its name."""
+    return to_json(examine(job[0], frames, job[1]))
+
+
+def _facts_from_json(value: dict[str, Any]) -> VideoFacts:
+    return VideoFacts(**{**value, "faults": tuple(VideoFault(fault) for fault in value["faults"])})

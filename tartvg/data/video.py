@@ -60,11 +60,14 @@ def sampled_indices(num_frames: int, count: int) -> list[int]:
 
 
 def target_size(height: int, width: int, num_frames: int, settings: FramesConfig) -> tuple[int, int]:
-    """Height and width after the resize: multiples of 28, nearest to the source within the pixel budgets."""
+    """Height and width after the resize: multiples of 28, nearest to the source within the pixel budgets.
+
+    Raises ValueError for a strip that is over 200 times as long as it is wide.
+    """
     share = settings.total_pixels * TEMPORAL_PATCH // num_frames
     max_pixels = max(min(settings.max_pixels, share), int(settings.min_pixels * 1.05))
     if max(height, width) / min(height, width) > 200:
-        raise VideoError(f"aspect ratio of {height}x{width} is over 200")
+        raise ValueError(f"aspect ratio of {height}x{width} is over 200")
     new_height = max(FACTOR, round(height / FACTOR) * FACTOR)
     new_width = max(FACTOR, round(width / FACTOR) * FACTOR)
     if new_height * new_width > max_pixels:
@@ -115,5 +118,5 @@ def read_clip(path: Path, settings: FramesConfig) -> Clip:
         return _decode(path, settings, time.monotonic() + settings.timeout_s)
     except VideoError:
         raise
-    except (FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:  # PyAV's, on damaged headers
+    except (FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:  # mostly damaged headers
         raise VideoError(f"{path}: {error or type(error).__name__}") from error

@@ -1,11 +1,13 @@
 """Run one function over many inputs in processes that may crash or hang without taking the others along.
 
 Decoders are C code: a damaged file can end the process or never return. `concurrent.futures` gives up its whole pool on
-the first, and waits for ever on the second.
+the first, and waits for ever on the second. Results come back as JSON, never as pickles, so that a process that was
+taken over by its file has no way back into the one that asked.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 from collections import deque
@@ -13,10 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 In = TypeVar("In")
-Out = TypeVar("Out")
+MAX_REPLY_BYTES = 2**24
+"""A longer result is taken for the work of a damaged process."""
 _STARTING_S = 20.0
 """Allowance for a process that has just been started and still imports."""
 
@@ -34,12 +37,13 @@ class _Worker(Generic[In]):
 
 
 def map_isolated(
-    function: Callable[[In], Out], items: Sequence[In], workers: int, timeout_s: float
-) -> Iterator[tuple[In, Out | WorkerError]]:
+    function: Callable[[In], Any], items: Sequence[In], workers: int, timeout_s: float
+) -> Iterator[tuple[In, Any]]:
     """(item, function(item)) in the order in which they finish; a WorkerError in place of what never came.
 
-    `function` and `items` are pickled; `function` should not raise. A process that works on one item for longer than
-    `timeout_s` seconds is killed and replaced. `workers` 0 runs everything in this process, without that protection.
+    `function` and `items` are pickled on their way there; `function` gives a JSON value and should not raise. A process
+    that works on one item for longer than `timeout_s` seconds is killed and replaced. `workers` 0 runs everything in
+    this process, without that protection.
     """
     if workers == 0:
         yield from ((item, function(item)) for item in items)
@@ -58,7 +62,6 @@ def map_isolated(
                 busy.append(worker)
             ready = wait([w.connection for w in busy], timeout=0.5)
             for worker in list(busy):
-                result: Out | WorkerError
                 if worker.connection in ready:
                     result = _receive(worker)
                 elif time.monotonic() > worker.deadline:
@@ -77,7 +80,7 @@ def map_isolated(
             _stop(worker)
 
 
-def _start(context: multiprocessing.context.SpawnContext, function: Callable[[In], Out]) -> _Worker[In]:
+def _start(context: multiprocessing.context.SpawnContext, function: Callable[[In], Any]) -> _Worker[In]:
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(function, theirs), daemon=True)
     process.start()
@@ -85,21 +88,24 @@ def _start(context: multiprocessing.context.SpawnContext, function: Callable[[In
     return _Worker(process, ours)
 
 
-def _serve(function: Callable[[In], Out], connection: Connection) -> None:
+def _serve(function: Callable[[In], Any], connection: Connection) -> None:
     while True:
         try:
             item = connection.recv()
         except EOFError:
             return
-        connection.send(function(item))
+        connection.send_bytes(json.dumps(function(item)).encode())
 
 
-def _receive(worker: _Worker[In]) -> Out | WorkerError:
+def _receive(worker: _Worker[In]) -> Any:
+    """The value that the process has sent, or a WorkerError."""
     try:
-        return worker.connection.recv()
+        return json.loads(worker.connection.recv_bytes(MAX_REPLY_BYTES))
     except (EOFError, OSError):
         worker.process.join(timeout=5)
         return WorkerError(f"its process ended with code {worker.process.exitcode}")
+    except (ValueError, RecursionError):
+        return WorkerError("its process replied with something else than JSON")
 
 
 def _stop(worker: _Worker[In]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +21,34 @@ from tartvg.data.annotations import Annotations
 from tartvg.data.datasets import SPLITS, read_files
 from tartvg.evaluation.detection import LENGTHS, DetectionScores, mean_average_precision, of_length
 from tartvg.evaluation.formats import Predictions, read_predictions
-from tartvg.evaluation.score import RULES, Rule, paired_p_value, score
+from tartvg.evaluation.score import ALL_THRESHOLDS, RULES, Rule, paired_p_value, score
 from tartvg.records import dumps, write_atomic
-from tartvg.types import Estimate, GroundingSample, Scorecard
+from tartvg.types import Estimate, GroundingSample, Prediction, Scorecard
 
-THRESHOLDS = (0.1, 0.3, 0.5, 0.7)
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, checked. Raises ValueError naming an option out of range."""
+
+    dataset: DatasetName
+    annotations: tuple[Path, ...]
+    predictions: tuple[Path, ...]
+    """One file, or two to compare."""
+    split: str
+    rule: Rule
+    is_strict: bool
+    is_clipped: bool
+    is_only_predicted: bool
+    resamples: int
+    seed: int
+    json: Path | None
+
+    def __post_init__(self) -> None:
+        for name in ("resamples", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must be >= 0, got {getattr(self, name)}")
+        if self.json is not None:
+            _check_place(self.json)
 
 
 @dataclass(frozen=True)
@@ -78,16 +102,17 @@ class Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 on success, 1 with one line on stderr when a file cannot be used."""
-    options = _parser().parse_args(arguments)
+    """Run the command line; 0 on success, 1 with one line on stderr when a file or a value cannot be used."""
+    parsed = _parser().parse_args(arguments)
     try:
+        options = _options(parsed)
         report = evaluate(options)
-    except ValueError as error:
+        print(render(report))
+        if options.json is not None:
+            write_atomic(options.json, dumps(report) + "\n")
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(render(report))
-    if options.json is not None:
-        write_atomic(options.json, dumps(report) + "\n")
     return 0
 
 
@@ -109,34 +134,62 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def evaluate(options: argparse.Namespace) -> Report:
+def _options(parsed: argparse.Namespace) -> Options:
+    name = DatasetName(parsed.dataset)
+    return Options(
+        dataset=name,
+        annotations=tuple(parsed.annotations),
+        predictions=tuple(path for path in (parsed.predictions, parsed.predictions_b) if path is not None),
+        split=parsed.split or ("val" if name is DatasetName.qvhighlights else "test"),
+        rule=parsed.rule,
+        is_strict=parsed.strict,
+        is_clipped=not parsed.raw_windows,
+        is_only_predicted=parsed.only_predicted,
+        resamples=parsed.resamples,
+        seed=parsed.seed,
+        json=parsed.json,
+    )
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a place that cannot be written to, before minutes are spent on what is to be put there."""
+    try:
+        if path.is_dir():
+            raise ValueError(f"--json {path}: a folder; name a file in it")
+        above = next(folder for folder in path.absolute().parents if folder.exists())
+    except OSError as error:
+        raise ValueError(f"--json: {error}") from error
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"--json {path}: {above} is no folder that can be written to")
+
+
+def evaluate(options: Options) -> Report:
     """Read and score. Raises ValueError naming what cannot be used."""
-    name = DatasetName(options.dataset)
-    split = options.split or ("val" if name is DatasetName.qvhighlights else "test")
-    annotations = read_files(name, options.annotations, split, clip_windows=not options.raw_windows)
-    paths = [path for path in (options.predictions, options.predictions_b) if path is not None]
-    read = [read_predictions(path, annotations.samples) for path in paths]
-    samples = _denominator(annotations, read, options.only_predicted)
+    annotations = read_files(options.dataset, options.annotations, options.split, clip_windows=options.is_clipped)
+    read = [read_predictions(path, annotations.samples) for path in options.predictions]
+    samples = _denominator(annotations, read, options.is_only_predicted)
+    ids = {s.sample_id for s in samples}
+    answers = [[p for p in predictions.items if p.sample_id in ids] for predictions in read]
     files = tuple(
-        _score_file(path, predictions, samples, options, is_detection=name is DatasetName.qvhighlights)
-        for path, predictions in zip(paths, read, strict=True)
+        _score_file(path, predictions, items, samples, options)
+        for path, predictions, items in zip(options.predictions, read, answers, strict=True)
     )
     comparison = None
-    if len(read) == 2:
+    if len(files) == 2:
         a, b = (file.scorecard.miou.value for file in files)
-        p_value = paired_p_value(samples, read[0].items, read[1].items, rule=options.rule, seed=options.seed)
+        p_value = paired_p_value(samples, answers[0], answers[1], rule=options.rule, seed=options.seed)
         comparison = Comparison(b - a, p_value)
     return Report(
-        dataset=name.value,
-        split=split,
+        dataset=options.dataset.value,
+        split=options.split,
         annotations={str(path): _sha256(path) for path in options.annotations},
         num_queries=len(samples),
         num_videos=len({s.video for s in samples}),
         quirks=annotations.quirks.summary(),
         rule=options.rule,
-        is_strict=options.strict,
-        is_clipped=not options.raw_windows,
-        is_only_predicted=options.only_predicted,
+        is_strict=options.is_strict,
+        is_clipped=options.is_clipped,
+        is_only_predicted=options.is_only_predicted,
         files=files,
         comparison=comparison,
     )
@@ -147,22 +200,23 @@ def _denominator(annotations: Annotations, read: Sequence[Predictions], only_pre
     if not only_predicted:
         return list(annotations.samples)
     answered = set.intersection(*({p.sample_id for p in predictions.items} for predictions in read))
+    if not answered:
+        raise ValueError("--only-predicted: the files answer no query in common")
     return [s for s in annotations.samples if s.sample_id in answered]
 
 
 def _score_file(
     path: Path,
     predictions: Predictions,
+    items: Sequence[Prediction],
     samples: Sequence[GroundingSample],
-    options: argparse.Namespace,
-    is_detection: bool,
+    options: Options,
 ) -> FileScores:
-    ids = {s.sample_id for s in samples}
-    items = [p for p in predictions.items if p.sample_id in ids]
-    rule: Rule = options.rule
-    card = score(samples, items, THRESHOLDS, rule, options.strict, options.resamples, options.seed)
+    """`items` are those of the `predictions` that answer one of the `samples`."""
+    rule, strict = options.rule, options.is_strict
+    card = score(samples, items, ALL_THRESHOLDS, rule, strict, options.resamples, options.seed)
     detection, by_length = None, None
-    if is_detection:
+    if options.dataset is DatasetName.qvhighlights:
         ranking = predictions.ranking()
         detection = mean_average_precision(samples, ranking)
         by_length = {}
@@ -172,7 +226,7 @@ def _score_file(
                 continue
             part_ids = {s.sample_id for s in part}
             own = [p for p in items if p.sample_id in part_ids]
-            scored = score(part, own, THRESHOLDS, rule, options.strict, resamples=0)
+            scored = score(part, own, ALL_THRESHOLDS, rule, strict, resamples=0)
             recall = {t: e.value for t, e in scored.recall.items()}
             by_length[name] = LengthScores(len(part), scored.miou.value, recall, mean_average_precision(part, ranking))
     return FileScores(str(path), _sha256(path), predictions.format, card, detection, by_length)

@@ -1,5 +1,8 @@
 """The detection scores of QVHighlights: mean average precision, and all scores by length of the true window. No torch.
 
+One answer is no ranking; what several answers to one query are as a ranking, `ranked_answers` says for the scores and
+for a submission alike.
+
 After the benchmark's own evaluator (moment_detr `standalone_eval`, arXiv 2107.09609), which follows ActivityNet's:
 per query the first 10 predicted windows, sorted by score, each matched to the unused true window that it overlaps most;
 average precision with the all-point interpolation of VOC 2011; averaged over queries and then over thresholds.
@@ -7,11 +10,12 @@ average precision with the all-point interpolation of VOC 2011; averaged over qu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tartvg.spans import iou
-from tartvg.types import GroundingSample, Span
+from tartvg.types import GroundingSample, Prediction, Span
 
 MAP_THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 MAX_WINDOWS = 10
@@ -19,7 +23,13 @@ MAX_WINDOWS = 10
 LENGTHS = {"short": (0.0, 10.0), "middle": (10.0, 30.0), "long": (30.0, 150.0)}
 """Seconds: above the first, up to and with the second."""
 
+Ranked = tuple[tuple[Span, float], ...]
+"""The windows predicted for one query, each with its score."""
 Ranking = Mapping[str, Sequence[tuple[Span, float]]]
+"""By sample id."""
+NO_ANSWER = Span(0.0, 0.0)
+"""Stands for an answer that could not be read: a window without length overlaps with nothing."""
+UNANSWERED: Ranked = ((NO_ANSWER, 1.0),)
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,29 @@ class DetectionScores:
     """Over all thresholds: what papers call mAP or mAP avg."""
     at: dict[float, float]
     """By IoU threshold."""
+
+
+def ranked_answers(predictions: Iterable[Prediction]) -> dict[str, Ranked]:
+    """The answers to each query that has any, at most `MAX_WINDOWS`, the best first.
+
+    The greedy answer comes first with score 1, because the official R1 takes the first of a list; unreadable or absent
+    it keeps that place as `NO_ANSWER`, so that no sampled answer is scored in its stead. The sampled answers follow,
+    scored by the share of the samples that gave them, below 1.
+    """
+    greedy: dict[str, Span | None] = {}
+    sampled: dict[str, Counter[Span]] = {}
+    for p in predictions:
+        counter = sampled.setdefault(p.sample_id, Counter())
+        if p.sample_index == 0:
+            greedy[p.sample_id] = p.answer
+        elif p.answer is not None:
+            counter[p.answer] += 1
+    ranking: dict[str, Ranked] = {}
+    for sample_id, others in sampled.items():
+        first, total = greedy.get(sample_id) or NO_ANSWER, others.total() + 1
+        windows = [(span, round(count / total, 4)) for span, count in others.most_common() if span != first]
+        ranking[sample_id] = ((first, 1.0), *windows[: MAX_WINDOWS - 1])
+    return ranking
 
 
 def mean_average_precision(samples: Sequence[GroundingSample], ranking: Ranking) -> DetectionScores:

@@ -14,18 +14,34 @@ Conventions, all of which move published numbers:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 
+from tartvg.records import to_json
 from tartvg.spans import iou, iou_with_union, soft_iou
-from tartvg.types import Estimate, GroundingSample, Prediction, Scorecard, Span
+from tartvg.types import Estimate, Fault, GroundingSample, Prediction, Scorecard, Span
 
 Rule = Literal["best", "first", "union"]
 RULES: tuple[Rule, ...] = ("best", "first", "union")
 THRESHOLDS = (0.3, 0.5, 0.7)
+"""The paper's."""
+ALL_THRESHOLDS = (0.1, *THRESHOLDS)
+"""With the one that works on TACoS add."""
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """What moves a score and is no part of the answers: a scorecard on disk names it."""
+
+    rule: Rule = "best"
+    """The truth where a query has several windows: see `answer_iou`."""
+    is_strict: bool = False
+    """R1 counts IoU > threshold instead of >=."""
+    is_clipped: bool = True
+    """Windows that end after their video were cut there, by whoever read the annotations."""
 
 
 def answer_iou(answer: Span | None, windows: Sequence[Span], rule: Rule = "best") -> float:
@@ -61,7 +77,8 @@ def score(
     anchors and, given `max_anchors`, not more than that. `anchors_mean`: anchors per completion. `anchored_rate`: share
     of completions with an anchor. `refinement_rate`: share of successive anchor pairs whose soft IoU with the best
     window grew; a tie did not grow; 0 without any pair.
-    `consistency_rate`: share of readable answers that equal the last anchor; an answer without anchors does not.
+    `consistency_rate`: share of readable answers that are the last anchor, as the parser compares them
+    (`Fault.ANSWER_MISMATCH`); an answer without anchors is not.
     `oracle_iou`: mean over all queries of the best sampled answer's IoU, 0 for a query without one.
 
     `resamples` 0 gives intervals without width. Raises ValueError for an empty or repeated sample, a sample without
@@ -99,7 +116,7 @@ def score(
         anchors_mean=_mean([len(p.anchors) for p in sampled]),
         anchored_rate=_mean([bool(p.anchors) for p in sampled]),
         refinement_rate=_mean([grew for p in sampled for grew in _refinements(p, by_id[p.sample_id])]),
-        consistency_rate=_mean([p.anchors[-1:] == (p.answer,) for p in sampled if p.answer is not None]),
+        consistency_rate=_mean([_is_consistent(p) for p in sampled if p.answer is not None]),
         oracle_iou=sum(best.values()) / len(samples),
     )
 
@@ -135,11 +152,17 @@ def paired_p_value(
     return (1 + hits) / (1 + permutations)
 
 
+def scorecard_to_json(card: Scorecard, conventions: Conventions) -> dict[str, Any]:
+    """What scores.json holds: the scorecard, and how it was made."""
+    return {**to_json(card), **to_json(conventions)}
+
+
 def scorecard_from_json(value: Mapping[str, Any]) -> Scorecard:
-    """Inverse of `records.to_json`: thresholds are strings there and estimates are lists."""
+    """The scorecard of `scorecard_to_json` or `records.to_json`: thresholds are strings there and estimates lists."""
+    known = {f.name: value[f.name] for f in fields(Scorecard) if f.name in value}
     estimates = {name: Estimate(*value[name]) for name in ("miou", "format_rate", "valid_rate")}
     recall = {float(t): Estimate(*e) for t, e in value["recall"].items()}
-    return Scorecard(**{**value, **estimates, "recall": recall})
+    return Scorecard(**{**known, **estimates, "recall": recall})
 
 
 def _index(samples: Sequence[GroundingSample]) -> dict[str, GroundingSample]:
@@ -173,6 +196,10 @@ def _greedy_ious(samples: Sequence[GroundingSample], greedy: Mapping[str, Predic
 
 def _is_valid(p: Prediction, max_anchors: int | None) -> bool:
     return not p.faults and len(p.anchors) >= 2 and (max_anchors is None or len(p.anchors) <= max_anchors)
+
+
+def _is_consistent(p: Prediction) -> bool:
+    return bool(p.anchors) and Fault.ANSWER_MISMATCH.value not in p.faults
 
 
 def _refinements(p: Prediction, sample: GroundingSample) -> list[bool]:

@@ -13,9 +13,9 @@ from torch import Tensor
 from tartvg.config import KlEstimator
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to +-20 nats before exp: exp(20) = 5e8 is far beyond any clip range and keeps fp32 finite.
+"""Log-ratios are clamped at 20 nats before exp: exp(20) = 5e8 is far beyond any clip range and keeps fp32 finite.
 
-Outside the clamp the gradient through the exponential is zero."""
+Outside the clamp the gradient through the exponential is zero; the linear term of k3 keeps its own."""
 
 
 def _k1(delta_GT: Tensor) -> Tensor:
@@ -28,8 +28,7 @@ def _k2(delta_GT: Tensor) -> Tensor:
 
 def _k3(delta_GT: Tensor) -> Tensor:
     # expm1 keeps the difference of two nearly equal numbers exact for small deltas
-    clamped_GT = delta_GT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return torch.expm1(clamped_GT) - clamped_GT
+    return torch.expm1(delta_GT.clamp(max=MAX_LOG_RATIO)) - delta_GT
 
 
 _ESTIMATORS: dict[KlEstimator, Callable[[Tensor], Tensor]] = {

@@ -61,7 +61,8 @@ class DiskCache:
             features = _unpack(content, self._text(key))
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             print(f"{path}: a damaged entry of the feature cache ({error}); encoding the video again")
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder may be read-only
+                path.unlink()
             return None
         with suppress(OSError):  # another process may have dropped it meanwhile
             os.utime(path)

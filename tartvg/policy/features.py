@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -37,7 +37,7 @@ def video_key(path: Path, settings: FramesConfig, device: str) -> Hashable:
 
 
 class FeatureCache:
-    """Least-recently-used features in RAM, bounded in bytes."""
+    """Least-recently-used features in main memory, whatever device they were made on; bounded in bytes."""
 
     def __init__(self, limit_mb: int) -> None:
         self.limit = limit_mb * 2**20
@@ -55,7 +55,7 @@ class FeatureCache:
         size = features.embeddings.numel() * features.embeddings.element_size()
         if size > self.limit or key in self.entries:
             return
-        self.entries[key] = features
+        self.entries[key] = replace(features, embeddings=features.embeddings.cpu())
         self.size += size
         while self.size > self.limit:
             _, oldest = self.entries.popitem(last=False)

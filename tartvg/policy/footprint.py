@@ -8,6 +8,7 @@ What is not seen: the workspace inside a kernel, fragmentation, and the context 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -46,7 +47,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """The released models' shapes, so that a plan can be made without their files."""
 TRACED_LAYERS = (4, 6)
-"""Decoder layers of the models that stand in for a deeper one. Fewer would not do: their sampling peaks elsewhere."""
+"""Decoder layers of the models that stand in for a deeper one."""
 TEXT_TOKENS = 400
 """Of a prompt beside its video: instructions and query."""
 
@@ -57,12 +58,14 @@ class Load:
 
     prompt_tokens: int
     num_prompts: int
-    """Sampled together."""
+    """Of a step."""
     group_size: int
     new_tokens: int
     """Longest completion."""
     has_reference: bool = False
     """Whether a second, frozen adapter is kept."""
+    at_once: int | None = None
+    """Prompts that are sampled in one batch; None: all of the step."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,11 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self._see(value)
         return out
+
+    def lap(self) -> int:
+        """The peak since the last call, or since the beginning."""
+        peak, self.peak = self.peak, self.now
+        return peak
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -213,23 +221,27 @@ def _trace(settings: PolicyConfig, load: Load) -> Footprint:
         reference=adapter if load.has_reference else 0,
         features=load.num_prompts * _feature_bytes(policy, load),
         vision=_vision_bytes(config, policy, load),
-        sample=work[0],
-        update=work[1],
-        update_one=work[2],
+        sample=work["sample"],
+        update=work["update"],
+        update_one=work["update_one"],
     )
 
 
-def _of_all_layers(settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load) -> list[int]:
-    """Peaks of sampling, of the update, and of the update with one completion.
+def _of_all_layers(settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load) -> dict[str, int]:
+    """Peaks of `sample`, `update` and `update_one` (with one completion).
 
-    The decoder's layers are alike, so a peak grows by the same bytes with each: two small models tell a deep one's.
+    The decoder's layers are alike, so the peak of a phase grows by the same bytes with each: two small models tell a
+    deep one's. The phases of each are told apart, as the highest may be another one in a deeper model.
     """
     layers = int(config.get_text_config().num_hidden_layers)
     if layers <= max(TRACED_LAYERS):
-        return _peaks(settings, config, load)
+        return {name: max(phases) for name, phases in _peaks(settings, config, load).items()}
     few, more = (_peaks(settings, with_layers(config, number), load) for number in TRACED_LAYERS)
     step = TRACED_LAYERS[1] - TRACED_LAYERS[0]
-    return [a + (b - a) * (layers - TRACED_LAYERS[0]) // step for a, b in zip(few, more, strict=True)]
+    return {
+        name: max(a + (b - a) * (layers - TRACED_LAYERS[0]) // step for a, b in zip(few[name], more[name], strict=True))
+        for name in few
+    }
 
 
 def with_layers(config: Qwen2_5_VLConfig, number: int) -> Qwen2_5_VLConfig:
@@ -240,7 +252,7 @@ def with_layers(config: Qwen2_5_VLConfig, number: int) -> Qwen2_5_VLConfig:
     return changed
 
 
-def _peaks(settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load) -> list[int]:
+def _peaks(settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load) -> dict[str, list[int]]:
     policy = ShapePolicy(settings, config)
     with FakeTensorMode():
         policy.become_fake()
@@ -250,17 +262,18 @@ def _peaks(settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load) -> list
                 parameter.grad = torch.zeros_like(parameter)
                 known.append(parameter.grad)
         one = replace(load, group_size=1)
-        work = ((_sample, load), (_update, load), (_update, one))
-        return [_measured(policy, known, size, function) for function, size in work]
+        work = {"sample": (_sample, load), "update": (_update, load), "update_one": (_update, one)}
+        return {name: _measured(policy, known, size, function) for name, (function, size) in work.items()}
 
 
-def _measured(policy: ShapePolicy, known: list[Tensor], load: Load, work: Any) -> int:
+def _measured(policy: ShapePolicy, known: list[Tensor], load: Load, work: Any) -> list[int]:
+    """The peak of each phase of the work: it yields after all but the last."""
     live = LiveBytes()
     for tensor in known:
         live.ignore(tensor)
     with live:
-        work(policy, load)
-    return live.peak
+        peaks = [live.lap() for _ in work(policy, load)]
+    return [*peaks, live.lap()]
 
 
 def _prepared(load: Load) -> Any:
@@ -269,26 +282,30 @@ def _prepared(load: Load) -> Any:
     return SimpleNamespace(inputs=SimpleNamespace(length=length, positions=positions, next_position=length))
 
 
-def _sample(policy: ShapePolicy, load: Load) -> None:
-    """Prefill of all prompts, and the last of the longest completions' tokens."""
-    rows = load.num_prompts * load.group_size
+def _sample(policy: ShapePolicy, load: Load) -> Iterator[None]:
+    """Prefill of all prompts, putting them together, and the last of the longest completions' tokens."""
+    num_prompts = min(load.num_prompts, load.at_once or load.num_prompts)
     with torch.no_grad():
-        filled = [policy._prefill(_prepared(load)) for _ in range(load.num_prompts)]
+        filled = [policy._prefill(_prepared(load)) for _ in range(num_prompts)]
+        yield
         cache = DecodeCache([c for c, _ in filled], load.group_size, load.new_tokens)
         del filled
+        yield
         cache.length = load.new_tokens - 1
         with attending_by(policy.language_model, SHARED_PREFIX_ATTENTION):
-            ids = torch.zeros(rows, dtype=torch.long)
+            ids = torch.zeros(num_prompts * load.group_size, dtype=torch.long)
             logits = policy._logits(policy._decode_one(ids, ids, cache)[:, 0])
         logits.log_softmax(dim=-1)
 
 
-def _update(policy: ShapePolicy, load: Load) -> None:
+def _update(policy: ShapePolicy, load: Load) -> Iterator[None]:
     """Log-probabilities of one group, and their gradient."""
     policy.train()
     shape = (load.group_size, load.new_tokens)
     tokens = TokenBatch(torch.zeros(shape, dtype=torch.long), torch.ones(shape, dtype=torch.bool), torch.zeros(shape))
-    policy.logps(_prepared(load), tokens).sum().backward()
+    loss = policy.logps(_prepared(load), tokens).sum()
+    yield
+    loss.backward()
     policy.eval()
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from tartvg.config import LoraConfig, PolicyConfig, Precision
@@ -44,7 +45,7 @@ def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneratio
     """
     path = base_path(settings)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision, trust_remote_code=False)
         loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             path,
             revision=settings.revision or "main",
@@ -53,6 +54,7 @@ def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneratio
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name; the library's own error names no weight
+            trust_remote_code=False,  # unset, the library asks at the terminal
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"policy.path={settings.path}: {error}") from error
@@ -85,10 +87,24 @@ def new_adapter(model: Any, settings: LoraConfig, seed: int) -> peft.PeftModel:
 
 
 def load_adapter(model: Any, folder: Path, *, is_reference_kept: bool) -> peft.PeftModel:
-    """An adapter from a run's folder, trainable; with `is_reference_kept` also a frozen copy named `reference`."""
-    if not (folder / "adapter_model.safetensors").is_file():
+    """An adapter from a run's folder, trainable; with `is_reference_kept` also a frozen copy named `reference`.
+
+    Raises ValueError for a folder without readable safetensors, and for weights that are missing or have no place: the
+    library would leave those as they were born.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
         raise ValueError(f"{folder}: no adapter_model.safetensors there")
+    try:
+        with safe_open(file, framework="pt") as content:
+            found = set(content.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file}: {error}") from error
     wrapped = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, is_trainable=True)
+    expected = set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER))
+    for kind, wrong in (("missing", expected - found), ("unexpected", found - expected)):
+        if wrong:
+            raise ValueError(f"{file}: {kind} weights: {sorted(wrong)[:3]}: it belongs to another model or is damaged")
     if is_reference_kept:
         wrapped.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
         wrapped.set_adapter(ADAPTER)

@@ -37,6 +37,8 @@ class Packing:
     own: int
     attention: str
     """The library's implementation that computes each part."""
+    is_joined: bool
+    """Whether `joined_attention` computes the completions' part."""
     mask: Tensor | None
     """bool (1, 1, T, L + T): what a completion may see; None where the implementation knows it by itself."""
 
@@ -55,7 +57,7 @@ def packed_attention(
     sizes = [packing.before] + [packing.own] * packing.rows
     before, *own = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     parts = [attend(None, *before)]
-    if own and is_exact(query.device, query.dtype):
+    if own and packing.is_joined:
         queries, keys, values = (torch.cat(part) for part in zip(*own, strict=True))
         out = joined_attention(queries, before[1], before[2], keys, values, kwargs["scaling"])
         return torch.cat([*parts, out.transpose(1, 2).flatten(0, 1)[None]], dim=1), None
@@ -93,7 +95,8 @@ def packed_states(
     """
     (group, own, width), before = rows.shape, prompt.shape[1]
     num_rows = group if own else 0
-    packing = Packing(before, num_rows, own, attention, suffix_mask(before, own, attention, rows.device))
+    is_joined = is_exact(rows.device, rows.dtype)  # asked out here: a layer that is run again must do the same again
+    packing = Packing(before, num_rows, own, attention, is_joined, suffix_mask(before, own, attention, rows.device))
     hidden = torch.cat([prompt, rows.reshape(1, group * own, width)], dim=1)
     positions = torch.cat([prompt_positions, row_positions.repeat(group).expand(3, -1)], dim=1)
     angles = language_model.rotary_emb(hidden, positions[:, None])

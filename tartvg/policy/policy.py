@@ -161,9 +161,8 @@ class Policy(torch.nn.Module):
         if known is None and key is not None and self.disk is not None:
             known = self.disk.get(key)
             if known is not None:
-                known = replace(known, embeddings=known.embeddings.to(self.device))
                 self.cache.put(key, known)
-        return known
+        return None if known is None else replace(known, embeddings=known.embeddings.to(self.device))
 
     def _disk_cache(self) -> DiskCache | None:
         settings = self.settings
@@ -368,8 +367,8 @@ class Policy(torch.nn.Module):
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Inside the block this is the policy as it was at the start of the stage, without gradient."""
-        with torch.no_grad():
+        """Inside the block this is the policy as it was at the start of the stage, without gradient or dropout."""
+        with torch.no_grad(), eval_mode(self):
             if REFERENCE not in self.model.peft_config:
                 with self.model.disable_adapter():
                     yield

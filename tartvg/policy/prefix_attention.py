@@ -185,6 +185,8 @@ def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
         try:
             out = attend(query, prompt_key, prompt_value, key, value, 0.125)
             found.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError, ValueError, AttributeError):
             return False  # another version of torch, or a device without such a kernel
     bound = 1e-5 if dtype == torch.float32 else 2e-2

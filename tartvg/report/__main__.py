@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from tartvg.report.cells import is_sweep, read_sweep_folder
+from tartvg.report.cells import is_run, is_sweep, read_sweep_folder
 from tartvg.report.compare import budget_table, comparison_table, differences, reference_of, significance_table
 from tartvg.report.seeds import tables
 from tartvg.report.tables import Table, to_markdown
@@ -18,13 +19,20 @@ def main(arguments: list[str]) -> int:
         return 2
     folders = [Path(a) for a in arguments]
     try:
-        found = _of_sweep(folders[0]) if len(folders) == 1 and is_sweep(folders[0]) else tables(folders)
+        found = _tables(folders)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for table in found:
         print(to_markdown(table) + "\n")
     return 0
+
+
+def _tables(folders: Sequence[Path]) -> list[Table]:
+    """Of one folder, what it is: a sweep, a run, or both."""
+    if len(folders) > 1 or not is_sweep(folders[0]):
+        return tables(folders)
+    return [*(tables(folders) if is_run(folders[0]) else []), *_of_sweep(folders[0])]
 
 
 def _of_sweep(folder: Path) -> list[Table]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from matplotlib.ticker import MaxNLocator
 
 from tartvg.evaluation.score import answer_iou
+from tartvg.report.questions import question_of
 from tartvg.report.strips import Lane, contact_row, lane_text, lanes_of
 from tartvg.response import parse_response
 from tartvg.rewards import Rubric
@@ -43,14 +44,15 @@ def choose_cases(
 ) -> list[Case]:
     """The greedy answers that improved most, changed as the median does, and lost most: `num_each` of each kind.
 
-    Without `before`, the best, the median and the worst IoU. The choice is a function of the predictions alone.
+    Without `before`, the best, the median and the worst IoU. What the two were not asked alike is left out. The choice
+    is a function of the predictions alone.
     """
     old = {p.sample_id: p for p in before if p.sample_index == 0}
     cases = []
     for p in sorted((p for p in after if p.sample_index == 0), key=lambda p: p.sample_id):
         windows = samples_by_id[p.sample_id].windows if p.sample_id in samples_by_id else p.windows
-        if windows and (p.sample_id in old or not old):
-            first = old.get(p.sample_id)
+        first = old.get(p.sample_id)
+        if windows and (not old if first is None else question_of(first) == question_of(p)):
             iou_before = answer_iou(first.answer, windows) if first else 0.0
             cases.append(Case("", first, p, windows, iou_before, answer_iou(p.answer, windows)))
     # Ties in the change are broken by the final IoU: the best should also look good, the worst also look bad.
@@ -62,9 +64,7 @@ def choose_cases(
     middle = max(0, (len(rest) - num) // 2)
     typical = rest[middle : middle + num]
     labelled = [("best improved" if old else "best", best), ("typical", typical), ("worst", worst[::-1])]
-    return [
-        Case(kind, c.before, c.after, c.windows, c.iou_before, c.iou_after) for kind, part in labelled for c in part
-    ]
+    return [replace(case, kind=kind) for kind, part in labelled for case in part]
 
 
 def choose_extremes(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tartvg.config.jobs import FAILED, FINISHED, Job, differing, jobs_below, value_of
+from tartvg.config import SettingError
+from tartvg.config.jobs import FINISHED, JOB, RUNNING, Job, differing, jobs_below, read_job, value_of
 from tartvg.config.sweeps import axes, cells
-from tartvg.report.runs import ALL_STAGES, TARGETS, RunFolder, read_run
+from tartvg.report.runs import ALL_STAGES, RunFolder, config_of, is_moved_aside, planned_targets, read_run
 
 NOT_RUN = "not run"
 SEED = re.compile(r"(^|[/,])seed=(\d+)")
@@ -29,85 +30,132 @@ class Entry:
     """`finished`, `failed`, `running` (or killed) or `not run`."""
     error: str = ""
     run: RunFolder | None = None
-    overrides: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    """The overrides that tell its variant from the others of its sweep."""
+    path: Path | None = None
+    """Its folder; None while there is none."""
+
+    @property
+    def expected(self) -> str | None:
+        """The policy whose scores are the run's result: the last one that its own settings evaluate."""
+        return next(reversed(planned_targets(self.run)), None) if self.run else None
 
     @property
     def final(self) -> str | None:
-        """The last policy of the method that was scored."""
-        scores = self.run.scores if self.run else {}
-        return next((t for t in reversed(TARGETS) if t in scores), next(iter(scores), None))
+        """`expected` once it is scored; None before, whatever else is scored: an earlier policy is another result."""
+        return self.expected if self.run and not self.lack and self.expected in self.run.scores else None
+
+    @property
+    def lack(self) -> str:
+        """What keeps the run from counting, in words; empty for one that counts, and where nothing is to be scored."""
+        if self.run is None or self.expected is None:
+            return ""
+        before = ALL_STAGES[: ALL_STAGES.index(self.expected) + 1] if self.expected in ALL_STAGES else ()
+        for stage in (*before, f"evaluate/{self.expected}"):
+            # Scores that lie there are those of the weights before.
+            if not self.run.manifests.get(stage, {"finished": True}).get("finished"):
+                return f"{stage} is not finished"
+        return "" if self.expected in self.run.scores else f"{self.expected} is not scored"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Entries in the order of the table; `axes` are the keys in which the variants differ."""
+    """Entries in the order of the table. Raises SettingError for two runs of one variant and seed."""
 
     title: str
     entries: tuple[Entry, ...]
-    axes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        seen: dict[tuple[str, str], Entry] = {}
+        for e in self.entries:
+            twin = seen.setdefault((e.variant, e.seed), e)
+            if twin is not e:
+                raise SettingError(
+                    f"{twin.path} and {e.path} are both variant {e.variant}, seed {e.seed}, and would count as two "
+                    "seeds: name one of them in report.runs, or move one away"
+                )
 
     @property
     def variants(self) -> list[str]:
         """Names of the rows, in order."""
         return list(dict.fromkeys(e.variant for e in self.entries))
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The keys in which the variants differ."""
+        return tuple(dict.fromkeys(choice.partition("=")[0] for e in self.entries for choice in e.choices))
+
+    @property
+    def runs(self) -> list[RunFolder]:
+        """Those that are there."""
+        return [e.run for e in self.entries if e.run is not None]
+
     def of(self, variant: str) -> list[Entry]:
         """The entries of one row that have a run, by seed."""
         return [e for e in self.entries if e.variant == variant and e.run is not None]
 
-    def overrides(self, variant: str) -> tuple[str, ...]:
-        """The overrides of a row's first entry."""
-        return next(e.overrides for e in self.entries if e.variant == variant)
+    def choices(self, variant: str) -> tuple[str, ...]:
+        """What tells a row from the others, as overrides."""
+        return next(e.choices for e in self.entries if e.variant == variant)
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a folder holds the jobs of a sweep."""
-    return next(jobs_below(folder), None) is not None and not is_run(folder)
+    """Whether a folder holds the jobs of a sweep. A single run may lie in the same folder."""
+    return next(_jobs(folder), None) is not None
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds the stages of a run."""
-    return any((folder / stage).is_dir() for stage in ALL_STAGES)
+    """Whether a folder is a run's: it holds stages, or what became of its job."""
+    return _has_stages(folder) or (folder / JOB).is_file()
 
 
 def read_sweep_folder(folder: Path) -> Comparison:
     """All jobs below `folder` and, of the last call, those that never began. Raises ValueError for a damaged file."""
-    done: dict[tuple[str, ...], tuple[Path | None, Job | None]] = {cell: (None, None) for cell in _planned(folder)}
-    for path, job in jobs_below(folder):
-        done[tuple(job.overrides)] = (path, job)
-    keys = differing(list(done))
+    # The same overrides in another order are the same job.
+    done = {frozenset(cell): (cell, folder, Job(list(cell), status=NOT_RUN)) for cell in _planned(folder)}
+    for path, job in _jobs(folder):
+        overrides = done.get(frozenset(job.overrides), (tuple(job.overrides),))[0]
+        done[frozenset(overrides)] = (overrides, path, job)
+    keys = differing([overrides for overrides, _, _ in done.values()])
     entries = []
-    for overrides, (place, found) in done.items():
-        entries.append(
-            Entry(
-                _label(overrides, keys),
-                value_of(overrides, "seed") or "0",
-                found.status if found else NOT_RUN,
-                found.error if found else "",
-                read_run(place) if place is not None and is_run(place) else None,
-                overrides,
-            )
-        )
-    return Comparison(folder.name, tuple(_by_variant(entries)), tuple(keys))
+    for overrides, path, job in done.values():
+        run = read_run(path) if job.status != NOT_RUN and _has_stages(path) else None
+        seed = value_of(overrides, "seed") or str(config_of(run, "seed", 0) if run else 0)
+        choices = tuple(o for o in overrides if o.partition("=")[0] in keys)
+        place = None if job.status == NOT_RUN else path
+        entries.append(Entry(_label(overrides, keys), seed, job.status, job.error, run, choices, place))
+    return Comparison(folder.name, tuple(_by_variant(entries)))
 
 
 def read_runs(folders: Sequence[Path], title: str, top: Path) -> Comparison:
     """Several run folders, or folders of sweeps. Runs whose paths differ in their seed only are one variant."""
     entries: list[Entry] = []
     for folder in folders:
-        name = folder.relative_to(top).as_posix() if folder.is_relative_to(top) else folder.name
+        found = [read_entry(folder, top)] if is_run(folder) or not is_sweep(folder) else []
         if is_sweep(folder):
-            inner = read_sweep_folder(folder)
-            rows = [Entry(f"{name}: {e.variant}", e.seed, e.status, e.error, e.run, e.overrides) for e in inner.entries]
-            entries += rows if len(folders) > 1 else inner.entries
-            continue
-        run = read_run(folder)
-        seed = SEED.search(name)
-        label = SEED.sub("", name).strip("/,") or name
-        finished = bool(run.manifests) and all(m.get("finished") for m in run.manifests.values())
-        status = FINISHED if finished or run.scores else "running"
-        entries.append(Entry(label, seed.group(2) if seed else str(config_of(run, "seed", 0)), status, "", run))
+            inner = read_sweep_folder(folder).entries
+            name = _name(folder, top)
+            is_alone = len(folders) == 1 and not found
+            found += inner if is_alone else [replace(e, variant=f"{name}: {e.variant}") for e in inner]
+        entries += found
     return Comparison(title, tuple(_by_variant(entries)))
+
+
+def read_group(top: Path, group: str) -> Comparison:
+    """The runs below `top` of one W&B group; no entries if there are none."""
+    return Comparison(group, tuple(_by_variant([read_entry(folder, top) for folder in runs_of_group(top, group)])))
+
+
+def read_entry(folder: Path, top: Path) -> Entry:
+    """One run folder; the variant is its path below `top` without the seed. Its job, if it has one, says how it is."""
+    name, run, job = _name(folder, top), read_run(folder), read_job(folder)
+    seed = SEED.search(name)
+    variant = SEED.sub("", name).strip("/,") or name
+    is_done = bool(run.manifests) and all(m.get("finished") for m in run.manifests.values())
+    is_done = is_done and all(target in run.predictions for target in planned_targets(run))
+    status = job.status if job else FINISHED if is_done else RUNNING
+    number = seed.group(2) if seed else str(config_of(run, "seed", 0))
+    return Entry(variant, number, status, job.error if job else "", run, (), folder)
 
 
 def runs_of_group(top: Path, group: str) -> list[Path]:
@@ -115,8 +163,8 @@ def runs_of_group(top: Path, group: str) -> list[Path]:
     given: dict[Path, str | None] = {}
     for manifest in sorted(top.rglob("manifest.json")):
         stage = manifest.parent
-        run = stage.parent.parent if stage.parent.name == "evaluate" else stage.parent
-        if not any(part.startswith(".") for part in run.relative_to(top).parts):
+        run = stage.parent.parent if stage.parent.name in ("evaluate", "controls") else stage.parent
+        if not is_moved_aside(stage) and not any(part.startswith(".") for part in run.relative_to(top).parts):
             given[run] = given.get(run) or _of_config(stage / "config.yaml", "tracking.group")
 
     def is_of_group(run: Path) -> bool:
@@ -126,12 +174,17 @@ def runs_of_group(top: Path, group: str) -> list[Path]:
     return sorted(run for run, name in given.items() if name == group or (name is None and is_of_group(run)))
 
 
-def config_of(run: RunFolder, key: str, default: Any) -> Any:
-    """One value of the run's settings."""
-    if run.config is None:
-        return default
-    value = OmegaConf.select(OmegaConf.create(run.config), key)
-    return default if value is None else value
+def _jobs(folder: Path) -> Iterator[tuple[Path, Job]]:
+    """The jobs below a folder; not the one that the folder itself may be."""
+    return ((path, job) for path, job in jobs_below(folder) if path != folder)
+
+
+def _has_stages(folder: Path) -> bool:
+    return any((folder / stage).is_dir() for stage in ALL_STAGES)
+
+
+def _name(folder: Path, top: Path) -> str:
+    return folder.relative_to(top).as_posix() if folder.is_relative_to(top) else folder.name
 
 
 def _of_config(path: Path, key: str) -> Any:
@@ -161,17 +214,20 @@ def _label(overrides: Sequence[str], keys: Sequence[str]) -> str:
 
 
 def _by_variant(entries: Sequence[Entry]) -> Iterator[Entry]:
+    begun = {(e.variant, e.seed) for e in entries if e.status != NOT_RUN}
+    # A place that was planned and is taken by another job, whose other settings are the same, is not one more.
+    entries = [e for e in entries if e.status != NOT_RUN or (e.variant, e.seed) not in begun]
     for variant in dict.fromkeys(e.variant for e in entries):
         yield from sorted((e for e in entries if e.variant == variant), key=lambda e: (len(e.seed), e.seed))
 
 
 def status_line(comparison: Comparison) -> str:
-    """How many runs finished, and which did not, in words."""
+    """How many runs finished, which did not, and which lack their result, in words."""
     entries = comparison.entries
     count = sum(e.status == FINISHED for e in entries)
     text = f"{count} of {len(entries)} runs finished."
     for e in entries:
-        if e.status != FINISHED:
-            text += f" {e.variant}, seed {e.seed}: {e.status}"
-            text += f" ({e.error})." if e.status == FAILED and e.error else "."
+        status = "" if e.status == FINISHED else f"{e.status} ({e.error})" if e.error else e.status
+        said = [words for words in (status, e.lack) if words]
+        text += f" {e.variant}, seed {e.seed}: {', '.join(said)}." if said else ""
     return text

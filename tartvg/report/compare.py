@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 from statistics import mean, stdev
 
+from tartvg.config.jobs import FINISHED
 from tartvg.evaluation.score import paired_p_value
-from tartvg.report.cells import Comparison, Entry, config_of
-from tartvg.report.paper import METRICS, paper_cells, paper_note
-from tartvg.report.runs import RunFolder
+from tartvg.report.cells import Comparison, Entry
+from tartvg.report.paper import METRICS, paper_cells, paper_note, repeats_paper
+from tartvg.report.questions import are_alike, data_label
+from tartvg.report.runs import RunFolder, config_of
 from tartvg.report.seeds import COLUMNS, spread
 from tartvg.report.tables import DASH, PAPER_COLUMN, Cell, Table, duration
+from tartvg.timing import PHASES
 from tartvg.types import GroundingSample, Prediction, Scorecard
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond the table the normal one.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 ALPHA = 0.05
 ORDER = ("mIoU", "R1@0.3", "R1@0.5", "R1@0.7", "format", "valid: 2+ anchors", "refined")
-PHASES = ("decode", "vision", "sample", "reward", "reference", "update")
+MIN_TESTED_VIDEOS = 6
+"""With fewer the test cannot reach 5 %, whatever the answers are."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +54,29 @@ def card_of(entry: Entry) -> Scorecard | None:
     return entry.run.scores[entry.final] if entry.run and entry.final else None
 
 
+def miou_of(entry: Entry) -> float:
+    """mIoU in [0, 1] of an entry that has a final policy."""
+    card = card_of(entry)
+    assert card is not None
+    return card.miou.value
+
+
 def comparison_table(comparison: Comparison) -> Table:
     """One row per variant: its final policy, mean ± standard deviation over seeds; the paper's numbers beside ours."""
-    papers = {v: paper_cells(comparison.overrides(v)) for v in comparison.variants}
-    finals = {
-        v: "/".join(dict.fromkeys(e.final or DASH for e in comparison.of(v))) or DASH for v in comparison.variants
+    variants = comparison.variants
+    papers = {v: paper_cells(comparison.choices(v)) for v in variants}
+    # What the rows are about, where it is not the same for all.
+    subjects = {
+        "policy": {v: _joined(e.expected for e in comparison.of(v)) for v in variants},
+        "data set": {v: _joined(map(_data_label, comparison.of(v))) for v in variants},
     }
-    has_paper, has_policies = any(papers.values()), len(set(finals.values()) - {DASH}) > 1
+    shown = {name: of for name, of in subjects.items() if len(set(of.values()) - {DASH}) > 1}
+    has_paper = any(papers.values())
     rows = []
-    for variant in comparison.variants:
+    for variant in variants:
         cards = [card for card in map(card_of, comparison.of(variant)) if card is not None]
         planned = sum(e.variant == variant for e in comparison.entries)
-        row = [Cell(variant), *([Cell(finals[variant])] if has_policies else []), Cell(f"{len(cards)} of {planned}")]
+        row = [Cell(variant), *(Cell(of[variant]) for of in shown.values()), Cell(f"{len(cards)} of {planned}")]
         for name in ORDER:
             row.append(Cell(spread([COLUMNS[name](card) for card in cards])))
             if has_paper and name in METRICS:
@@ -69,23 +84,31 @@ def comparison_table(comparison: Comparison) -> Table:
         row.append(Cell(spread([card.anchors_mean for card in cards])))
         rows.append(tuple(row))
     names = [n for name in ORDER for n in ((name, PAPER_COLUMN + name) if has_paper and name in METRICS else (name,))]
-    columns = ("variant", *(["policy"] if has_policies else []), "seeds", *names, "anchors")
+    note = _scores_note(comparison) + (paper_note(comparison.axes) if has_paper else "")
+    return Table("Scores by variant", ("variant", *shown, "seeds", *names, "anchors"), tuple(rows), note)
+
+
+def _scores_note(comparison: Comparison) -> str:
     queries = {card.num_queries for e in comparison.entries if (card := card_of(e))}
-    note = (
-        f"Percent, and anchors as a count; mean ± standard deviation over seeds of the last policy of each run, "
-        f"{'/'.join(map(str, sorted(queries))) or 'no'} test queries. "
-    )
-    return Table("Scores by variant", columns, tuple(rows), note + (paper_note(comparison.axes) if has_paper else ""))
+    lacks = "; ".join(f"{e.variant}, seed {e.seed}: {e.lack}" for e in comparison.entries if e.lack)
+    return (
+        "Percent, and anchors as a count; mean ± standard deviation over seeds of the last policy that each run's own "
+        f"settings evaluate, {'/'.join(map(str, sorted(queries))) or 'no'} test queries. "
+    ) + (f"Not counted: {lacks}. " if lacks else "")
+
+
+def _joined(values: Iterable[str | None]) -> str:
+    return "/".join(dict.fromkeys(v for v in values if v)) or DASH
+
+
+def _data_label(entry: Entry) -> str | None:
+    return data_label(entry.run, entry.final) if entry.run and entry.final else None
 
 
 def reference_of(comparison: Comparison) -> str:
     """The variant that the others are compared with: the one that repeats the paper's method, else the first."""
-    defaults = ("anchors=two", "reward=tar", "grpo.kl_coef=0.04", "grpo.group_size=8", "reward.tar2_form=abs",
-                "experiments=stage_order/grpo_sft_grpo")  # fmt: skip
-    for variant in comparison.variants:
-        if any(o in defaults for o in comparison.overrides(variant)):
-            return variant
-    return comparison.variants[0]
+    repeating = (v for v in comparison.variants if repeats_paper(comparison.choices(v)))
+    return next(repeating, comparison.variants[0])
 
 
 def differences(
@@ -93,16 +116,27 @@ def differences(
 ) -> list[Difference]:
     """Every other variant against the reference, with Holm's correction; without a common seed it is left out."""
     found = []
-    base = {e.seed: e for e in comparison.of(reference) if card_of(e)}
     for variant in comparison.variants:
-        other = {e.seed: e for e in comparison.of(variant) if card_of(e)}
-        seeds = [seed for seed in base if seed in other]
-        if variant == reference or not seeds:
+        pairs = pairs_of(comparison, reference, variant) if variant != reference else []
+        if not pairs:
             continue
-        gaps = tuple(100 * (_miou(other[s]) - _miou(base[s])) for s in seeds)
-        pairs = [(_answers(other[s]), _answers(base[s])) for s in seeds]
-        found.append(Difference(variant, reference, gaps, pooled_p_value(samples_by_id, pairs)))
+        gaps = tuple(100 * (miou_of(other) - miou_of(base)) for base, other in pairs)
+        answers = [(_answers(other), _answers(base)) for base, other in pairs]
+        found.append(Difference(variant, reference, gaps, pooled_p_value(samples_by_id, answers)))
     return _holm(found)
+
+
+def pairs_of(comparison: Comparison, reference: str, variant: str) -> list[tuple[Entry, Entry]]:
+    """(reference, variant) of every seed in which both have scores of the same questions."""
+    others = {e.seed: e for e in comparison.of(variant) if card_of(e)}
+    pairs = [(base, others[base.seed]) for base in comparison.of(reference) if card_of(base) and base.seed in others]
+    return [pair for pair in pairs if _is_same_test(*pair)]
+
+
+def _is_same_test(a: Entry, b: Entry) -> bool:
+    first, second = _answers(a), _answers(b)
+    counts = {card.num_queries for e in (a, b) if (card := card_of(e))}
+    return len(counts) == 1 and (not first or not second or are_alike(first, second))
 
 
 def pooled_p_value(
@@ -112,27 +146,21 @@ def pooled_p_value(
     """The paired sign-flip test by video over several seeds: all queries about a video, in all seeds, flip together.
 
     It speaks of other videos, not of other seeds: three seeds are too few to resample. None where a prediction's sample
-    is unknown or there are fewer videos than a test at 5 % needs.
+    is unknown, the two answered different questions, or there are fewer videos than a test at 5 % needs.
     """
     samples: list[GroundingSample] = []
     first: list[Prediction] = []
     second: list[Prediction] = []
     for number, pair in enumerate(pairs):
         ids = sorted({p.sample_id for predictions in pair for p in predictions})
-        if any(i not in samples_by_id or not samples_by_id[i].windows for i in ids):
+        if not are_alike(*pair) or any(i not in samples_by_id or not samples_by_id[i].windows for i in ids):
             return None
         samples += [replace(samples_by_id[i], sample_id=f"{number}/{i}") for i in ids]
         first += [replace(p, sample_id=f"{number}/{p.sample_id}") for p in pair[0]]
         second += [replace(p, sample_id=f"{number}/{p.sample_id}") for p in pair[1]]
-    if len({s.video for s in samples}) < 6:
+    if len({s.video for s in samples}) < MIN_TESTED_VIDEOS:
         return None
     return paired_p_value(samples, first, second)
-
-
-def _miou(entry: Entry) -> float:
-    card = card_of(entry)
-    assert card is not None
-    return card.miou.value
 
 
 def _answers(entry: Entry) -> list[Prediction]:
@@ -183,10 +211,10 @@ def significance_table(found: Sequence[Difference]) -> Table | None:
         )
     columns = ("variant", "mIoU points", "95 % over seeds", "seeds better", "p by video", "p, Holm", "verdict")
     note = (
-        f"Against “{found[0].reference}”, on the seeds that both have. Over seeds: t-interval of the mean difference. "
-        "By video: paired sign-flip permutation test of the greedy answers, all seeds of a video together; it speaks "
-        "of other videos, not of other seeds. A difference is claimed from three seeds on, if Holm's p is below 0.05 "
-        "and every seed agrees."
+        f"Against “{found[0].reference}”, on the seeds in which both answered the same questions. Over seeds: "
+        "t-interval of the mean difference. By video: paired sign-flip permutation test of the greedy answers, all "
+        "seeds of a video together; it speaks of other videos, not of other seeds. A difference is claimed from three "
+        "seeds on, if Holm's p is below 0.05 and every seed agrees."
     )
     return Table("Differences in mIoU", columns, tuple(rows), note)
 
@@ -201,27 +229,30 @@ def budget_table(comparison: Comparison) -> Table:
     """What each variant costs: seconds by phase, sampled tokens, wall clock and device hours."""
     rows = []
     for variant in comparison.variants:
-        runs = [e.run for e in comparison.of(variant) if e.run is not None]
-        phases = [[_phase(run, phase) for run in runs] for phase in PHASES]
-        walls = [wall_seconds(run) for run in runs]
-        hours = [wall_seconds(run) * _devices(run) / 3600 for run in runs]
-        spent = sum(wall_seconds(run, is_spent=True) for run in runs)
+        entries = comparison.of(variant)
+        # Half a run would pass for a cheap one.
+        whole = [e.run for e in entries if e.run is not None and e.status == FINISHED]
+        phases = [[_phase(run, phase) for run in whole] for phase in PHASES]
+        hours = [wall_seconds(run) * _devices(run) / 3600 for run in whole]
+        spent = sum(wall_seconds(e.run, is_spent=True) for e in entries if e.run is not None)
         rows.append(
             (
                 Cell(variant),
                 *(Cell(_amount(values)) for values in phases),
-                Cell(_amount([sampled_tokens(run) for run in runs])),
-                Cell(_amount(walls)),
+                Cell(_amount([sampled_tokens(run) for run in whole])),
+                Cell(_amount([wall_seconds(run) for run in whole])),
                 Cell(f"{mean(hours):.2f}" if hours else DASH),
-                Cell(duration(spent) if runs else DASH),
+                Cell(duration(spent) if entries else DASH),
             )
         )
-    kinds = {str(config_of(e.run, "trainer.accelerator", "cpu")) for e in comparison.entries if e.run}
+    kinds = {str(config_of(run, "trainer.accelerator", "cpu")) for run in comparison.runs}
     unit = "GPU-hours" if kinds == {"gpu"} else "CPU process-hours" if kinds <= {"cpu"} else "device hours"
     columns = ("variant", *(f"{p}, s" for p in PHASES), "tokens sampled", "whole run, s", unit, "spent on all seeds")
     note = (
-        "Mean ± standard deviation over seeds of what one run takes, all stages and its evaluation together; phases "
-        "are those of training. “Spent” counts a stage that several runs share once, where it was computed."
+        "Mean ± standard deviation over the seeds that are finished of what one run takes, all stages, its evaluation "
+        "and its controls together; phases are those of training and of drawing rollouts, and “monitor” is what "
+        "monitors alone ask for. “Spent” counts unfinished runs as well, and a stage that several runs share once, "
+        "where it was computed."
     )
     return Table("Budget", columns, tuple(rows), note)
 
@@ -264,5 +295,7 @@ def status_table(comparison: Comparison) -> Table:
     rows = []
     for e in comparison.entries:
         copied = [s for s, m in (e.run.manifests if e.run else {}).items() if m.get("copied_from")]
-        rows.append((Cell(f"{e.variant}, seed {e.seed}"), Cell(e.status), Cell(e.error), Cell(", ".join(copied))))
-    return Table("Runs", ("run", "status", "error", "stages taken from another run"), tuple(rows))
+        result = e.lack or e.final or DASH
+        name = f"{e.variant}, seed {e.seed}"
+        rows.append((Cell(name), Cell(e.status), Cell(result), Cell(e.error), Cell(", ".join(copied))))
+    return Table("Runs", ("run", "status", "policy", "error", "stages taken from another run"), tuple(rows))

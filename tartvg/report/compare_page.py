@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TypeVar
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tartvg.config import AnchorsConfig, RewardConfig, SettingError
@@ -18,17 +17,18 @@ from tartvg.report.cards import case_html, choose_extremes, rollouts_html
 from tartvg.report.cells import Comparison, Entry, status_line
 from tartvg.report.compare import (
     budget_table,
-    card_of,
     comparison_table,
     differences,
+    miou_of,
+    pairs_of,
     reference_of,
     significance_table,
     status_table,
 )
 from tartvg.report.curves import Panel
 from tartvg.report.export import write_tables
-from tartvg.report.page import html_page, key_html, page_links
-from tartvg.report.runs import LOGGED_STAGES, RunFolder, first_and_last_groups
+from tartvg.report.page import html_page, key_html, page_links, remarks_html
+from tartvg.report.runs import LOGGED_STAGES, RunFolder, first_and_last_groups, settings_of, typed
 from tartvg.report.tables import DASH, Cell, Table, to_html
 from tartvg.rewards import Rubric
 from tartvg.types import GroundingSample
@@ -36,42 +36,52 @@ from tartvg.types import GroundingSample
 FOLDER = "report"
 LAST_SHARE = 0.1
 """A stage's closing values are means over this share of its steps, at least one."""
-Settings = TypeVar("Settings", AnchorsConfig, RewardConfig)
+
+
+@dataclass(frozen=True)
+class StagePage:
+    """A page that has been written."""
+
+    name: str
+    """Of its file."""
+    panels: list[Panel]
 
 
 def build_comparison(
-    comparison: Comparison, samples_by_id: Mapping[str, GroundingSample], folder: Path
+    comparison: Comparison,
+    samples_by_id: Mapping[str, GroundingSample],
+    folder: Path,
+    remarks: Sequence[str] = (),
 ) -> tuple[Path, list[Table]]:
     """Write `<folder>/report.html` and, in `<folder>/report/`, a page per stage, tables and figures.
 
-    Returns the page and its tables. Raises ValueError for damaged files of a run.
+    `remarks` are what the reader has to know first. Returns the page and its tables. Raises ValueError for damaged
+    files of a run.
     """
     reference = reference_of(comparison)
-    found = differences(comparison, reference, samples_by_id)
-    tested = significance_table(found)
+    tested = significance_table(differences(comparison, reference, samples_by_id))
     tables = [comparison_table(comparison), *([tested] if tested else []), budget_table(comparison)]
     title = f"TAR-TVG: {comparison.title}"
     place = folder / FOLDER
     pages = write_stage_pages(comparison, place)
-    panels = [p for stage in LOGGED_STAGES for p in panels_of(comparison, stage)]
     scores = "".join(to_html(table) for table in tables[: 2 if tested else 1])
     sections = [
         ("scores", "Scores", scores),
-        ("curves", "Learning curves", panels_html(panels)),
+        ("curves", "Learning curves", panels_html([panel for page in pages.values() for panel in page.panels])),
         ("examples", "Test queries", _gallery(comparison, reference, samples_by_id)),
         ("budget", "Budget", to_html(tables[-1])),
         ("runs", "Runs", to_html(status_table(comparison)) + _commands(comparison)),
     ]
-    lead = f"<p>{escape(status_line(comparison))}</p>{page_links({n: f'{FOLDER}/{a}' for n, a in pages.items()})}"
+    lead = f"<p>{escape(status_line(comparison))}</p>{remarks_html(remarks)}{page_links(addresses(pages))}"
     write_atomic(folder / "report.html", html_page(title, lead, sections))
     write_tables([*tables, status_table(comparison)], place, title)
     return folder / "report.html", tables
 
 
-def write_stage_pages(comparison: Comparison, place: Path) -> dict[str, str]:
+def write_stage_pages(comparison: Comparison, place: Path) -> dict[str, StagePage]:
     """`<place>/<stage>.html` for every stage that logged anything, and its curves in `<place>/figures/`.
 
-    Returns the file of each page by the stage's name.
+    Returns the pages by the stages' names.
     """
     pages = {}
     for stage in LOGGED_STAGES:
@@ -87,8 +97,13 @@ def write_stage_pages(comparison: Comparison, place: Path) -> dict[str, str]:
         back = page_links({"All stages": "../report.html"})
         write_atomic(place / f"{stage}.html", html_page(f"{comparison.title}: {stage}", back, sections))
         write_tables([table], place / stage, f"{comparison.title}: {stage}")
-        pages[stage] = f"{stage}.html"
+        pages[stage] = StagePage(f"{stage}.html", panels)
     return pages
+
+
+def addresses(pages: Mapping[str, StagePage]) -> dict[str, str]:
+    """The stages' pages as links from the page above them."""
+    return {stage: f"{FOLDER}/{page.name}" for stage, page in pages.items()}
 
 
 def closing_table(comparison: Comparison, stage: str) -> Table | None:
@@ -134,19 +149,11 @@ def panels_html(panels: Sequence[Panel]) -> str:
 
 def rubric_of(run: RunFolder) -> Rubric | None:
     """What judged the run's rollouts; None where its settings cannot be read."""
-    if run.config is None:
-        return None
+    settings = settings_of(run)
     try:
-        tree = OmegaConf.create(run.config)
-        return Rubric(_settings(RewardConfig, tree.reward), _settings(AnchorsConfig, tree.anchors))
+        return Rubric(typed(RewardConfig, settings.reward), typed(AnchorsConfig, settings.anchors))
     except (OmegaConfBaseException, SettingError, AttributeError):
         return None
-
-
-def _settings(kind: type[Settings], values: object) -> Settings:
-    value = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
-    assert isinstance(value, kind)
-    return value
 
 
 def _gallery(comparison: Comparison, reference: str, samples_by_id: Mapping[str, GroundingSample]) -> str:
@@ -172,22 +179,13 @@ def _gallery(comparison: Comparison, reference: str, samples_by_id: Mapping[str,
 
 
 def _pair(comparison: Comparison, reference: str) -> tuple[Entry, Entry] | None:
-    base = {e.seed: e for e in comparison.of(reference) if card_of(e)}
-    gaps: list[tuple[float, int, Entry]] = []
-    for number, variant in enumerate(v for v in comparison.variants if v != reference):
-        common = [e for e in comparison.of(variant) if card_of(e) and e.seed in base]
-        if common:
-            gap = mean(_miou(e) - _miou(base[e.seed]) for e in common)
-            gaps.append((abs(gap), -number, common[0]))
-    if not gaps:
-        return None
-    chosen = max(gaps, key=lambda item: item[:2])[2]
-    return base[chosen.seed], chosen
-
-
-def _miou(entry: Entry) -> float:
-    card = card_of(entry)
-    return card.miou.value if card else 0.0
+    chosen, widest = None, -1.0
+    for variant in (v for v in comparison.variants if v != reference):
+        pairs = pairs_of(comparison, reference, variant)
+        gap = abs(mean(miou_of(other) - miou_of(base) for base, other in pairs)) if pairs else -1.0
+        if gap > widest:
+            chosen, widest = pairs[0], gap
+    return chosen
 
 
 def _rollouts(comparison: Comparison, stage: str) -> str:

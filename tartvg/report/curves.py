@@ -44,9 +44,13 @@ PANELS = (
     PanelSpec("anchors/valid_rate", "Valid outputs (right format, 2+ anchors)", ("grpo1", "grpo2"), is_share=True),
     PanelSpec("anchors/count_mean", "Anchors per output", ("grpo1", "grpo2")),
     PanelSpec("anchors/refinement_rate", "Refined anchors", ("grpo1", "grpo2"), is_share=True),
-    PanelSpec("loss/kl", "KL to the reference (nats)", ("grpo1", "grpo2")),
+    # Not loss/kl: this one is the same estimate in every run, and is measured without a KL penalty, too.
+    PanelSpec("rollout/kl", "KL to the reference (nats per token)", ("grpo1", "grpo2")),
+    PanelSpec("rollout/entropy", "Entropy (nats per token)", ("grpo1", "grpo2")),
+    PanelSpec("rollout/truncated_rate", "Outputs cut off by the length limit", ("grpo1", "grpo2"), is_share=True),
     PanelSpec("loss/total", "GRPO loss", ("grpo1", "grpo2")),
     PanelSpec("loss/total", "SFT loss", ("sft",)),
+    PanelSpec("optim/grad_norm", "Gradient norm, before clipping", ("grpo1", "sft", "grpo2")),
 )
 
 

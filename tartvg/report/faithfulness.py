@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tartvg.report.runs import TARGETS
+from tartvg.report.runs import of_targets
 from tartvg.report.tables import DASH, Cell, Table, percent
 
 WORDS = {"shuffled": "frames shuffled", "other": "another video"}
@@ -14,9 +14,8 @@ WORDS = {"shuffled": "frames shuffled", "other": "another video"}
 
 def read_controls(run_dir: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Target -> control -> numbers, from `<run_dir>/controls/*/summary.json`, in the order of the method."""
-    paths = {path.parent.name: path for path in sorted(run_dir.glob("controls/*/summary.json"))}
-    ordered = [t for t in TARGETS if t in paths] + [t for t in paths if t not in TARGETS]
-    return {target: json.loads(paths[target].read_text(encoding="utf-8")) for target in ordered}
+    paths = of_targets(run_dir, "controls", "summary.json")
+    return {target: json.loads(path.read_text(encoding="utf-8")) for target, path in paths.items()}
 
 
 def controls_table(run_dir: Path) -> Table | None:

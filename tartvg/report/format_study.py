@@ -15,8 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
+from omegaconf import OmegaConf
+
 from tartvg.evaluation.score import score
 from tartvg.records import prediction_from_json, read_jsonl
+from tartvg.report.runs import parsed
 from tartvg.report.tables import DASH, Cell, Table, to_markdown
 from tartvg.spans import soft_iou
 from tartvg.types import Estimate, GroundingSample, Prediction
@@ -31,6 +34,13 @@ def read_predictions(folder: Path) -> list[Prediction]:
     if not path.is_file():
         raise ValueError(f"there is no {path}: run stage=evaluate first")
     return [prediction_from_json(row) for row in read_jsonl(path)]
+
+
+def cap_of(folder: Path) -> int | None:
+    """The most anchors of a valid answer in the settings of an evaluation; None without settings that say it."""
+    path = folder / "config.yaml"
+    cap = OmegaConf.select(parsed(path.read_text(encoding="utf-8")), "anchors.max") if path.is_file() else None
+    return None if cap is None else int(cap)
 
 
 def by_complexity(predictions: Sequence[Prediction]) -> dict[str, list[Prediction]]:
@@ -57,7 +67,7 @@ def sampled_of(predictions: Sequence[Prediction]) -> list[Prediction]:
 
 
 def compliance_table(predictions: Sequence[Prediction], max_anchors: int | None = None) -> Table:
-    """Share with the right format, and with at least two anchors beside, with 95 % intervals by video."""
+    """Share with the right format, and with two anchors or more but not above the cap, with 95 % intervals by video."""
     rows = []
     for name, part in by_complexity(predictions).items():
         samples = list({p.sample_id: sample_of(p) for p in part}.values())
@@ -74,7 +84,9 @@ def compliance_table(predictions: Sequence[Prediction], max_anchors: int | None 
             )
         )
     columns = ("query", "queries", "completions", "format", "valid: 2+ anchors", "anchors", "greedy mIoU")
-    return Table("Format compliance", columns, tuple(rows), "Percent with 95 % intervals by video; anchors as a count.")
+    cap = "without a cap on anchors" if max_anchors is None else f"at most {max_anchors} anchors"
+    note = f"Percent with 95 % intervals by video; anchors as a count. Valid: {cap}."
+    return Table("Format compliance", columns, tuple(rows), note)
 
 
 def progress_table(predictions: Sequence[Prediction]) -> Table:
@@ -131,7 +143,8 @@ def main(arguments: list[str]) -> int:
         for folder in map(Path, arguments):
             predictions = read_predictions(folder)
             print(f"{folder}\n")
-            for table in (compliance_table(predictions), progress_table(predictions), faults_table(predictions)):
+            compliance = compliance_table(predictions, cap_of(folder))
+            for table in (compliance, progress_table(predictions), faults_table(predictions)):
                 print(to_markdown(table))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

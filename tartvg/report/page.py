@@ -6,27 +6,20 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from tartvg.evaluation.score import paired_p_value
+from tartvg.config.jobs import FAILED, read_job
 from tartvg.records import write_atomic
 from tartvg.report.alarms import alarms_table
 from tartvg.report.cards import case_html, choose_cases, rollouts_html
+from tartvg.report.compare import pooled_p_value
 from tartvg.report.curves import draw_panels
 from tartvg.report.faithfulness import controls_table
+from tartvg.report.paper import paper_tables
 from tartvg.report.runs import TARGETS, RunFolder, first_and_last_groups, read_run
 from tartvg.report.strips import ANCHOR_COLOUR, ANSWER_COLOUR, TRUTH_COLOUR
 from tartvg.report.style import CSS
-from tartvg.report.tables import (
-    Table,
-    filter_table,
-    paper_tables,
-    percent,
-    seconds_table,
-    stage_table,
-    to_html,
-)
+from tartvg.report.tables import Table, filter_table, percent, seconds_table, stage_table, to_html
 from tartvg.types import GroundingSample, Scorecard
 
-MIN_TESTED_VIDEOS = 6
 NO_PAGES: Mapping[str, str] = {}
 
 
@@ -35,12 +28,14 @@ def build_report(
     samples_by_id: Mapping[str, GroundingSample],
     output: Path,
     pages: Mapping[str, str] = NO_PAGES,
+    remarks: Sequence[str] = (),
 ) -> Path:
     """Write the page about `run_dir` to the file `output` and return it.
 
     `samples_by_id` are the evaluated samples: they give the truth and the video files of the film strips. `pages` are
-    further pages to link to. What the run folder lacks is left out and named at the end of the page. Raises
-    ValueError for a folder that does not exist and for damaged files; a damaged video only loses its frames.
+    further pages to link to, `remarks` what the reader has to know first. What the run folder lacks is left out and
+    named at the end of the page. Raises ValueError for a folder that does not exist and for damaged files; a damaged
+    video only loses its frames.
     """
     run = read_run(run_dir)
     sections = [
@@ -56,7 +51,8 @@ def build_report(
         ("missing", "Missing", _missing(run)),
     ]
     title = f"TAR-TVG run: {run.path.resolve().name}"
-    write_atomic(output, html_page(title, f"{_lead(run, samples_by_id)}{page_links(pages)}", sections))
+    lead = f"{_lead(run, samples_by_id)}{remarks_html([*_failure(run), *remarks])}{page_links(pages)}"
+    write_atomic(output, html_page(title, lead, sections))
     return output
 
 
@@ -80,6 +76,16 @@ def page_links(pages: Mapping[str, str]) -> str:
         return ""
     items = "".join(f'<li><a href="{escape(address)}">{escape(name)}</a></li>' for name, address in pages.items())
     return f'<nav aria-label="Further pages"><ul>{items}</ul></nav>'
+
+
+def remarks_html(remarks: Sequence[str]) -> str:
+    """What the reader has to know before the numbers."""
+    return "".join(f'<p class="remark">{escape(remark)}</p>' for remark in remarks)
+
+
+def _failure(run: RunFolder) -> list[str]:
+    job = read_job(run.path)
+    return [f"The job of this run failed: {job.error}"] if job and job.status == FAILED else []
 
 
 def _ends(run: RunFolder) -> tuple[str | None, str | None]:
@@ -121,19 +127,16 @@ def _significance(
 ) -> str:
     if first is None or first not in run.predictions or last not in run.predictions:
         return ""
-    before, after = ([p for p in run.predictions[t] if p.sample_id in samples_by_id] for t in (first, last))
-    ids = {p.sample_id for p in (*before, *after)}
-    samples = [samples_by_id[i] for i in sorted(ids) if samples_by_id[i].windows]
-    # With fewer videos the test cannot reach 5 %, whatever the answers are.
-    num_videos = len({s.video for s in samples})
-    if num_videos < MIN_TESTED_VIDEOS or len(samples) != len(ids):
+    before, after = run.predictions[first], run.predictions[last]
+    p = pooled_p_value(samples_by_id, [(after, before)])
+    if p is None:
         return ""
-    p = paired_p_value(samples, before, after)
+    samples = [samples_by_id[i] for i in {p.sample_id for p in (*before, *after)}]
     shown = f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
     return (
         f'<p class="note">Difference in mIoU between {escape(first)} and {escape(last)}: {shown} '
         f"(paired sign-flip permutation test by video, {len(samples)} queries of "
-        f"{num_videos} videos).</p>"
+        f"{len({s.video for s in samples})} videos).</p>"
     )
 
 

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tartvg.report.tables import DASH, Cell
+from tartvg.report.tables import DASH, Cell, Table
 
 METRICS = ("mIoU", "R1@0.3", "R1@0.7")
 WHOLE_METHOD = {"mIoU": 61.1, "R1@0.3": 83.6, "R1@0.7": 50.2}
-NUMBERS: dict[str, dict[str, float]] = {
-    "anchors=one": {"mIoU": 59.3},
-    "anchors=two": WHOLE_METHOD,
-    "anchors=three": {"mIoU": 41.3},
-    "reward=tar": WHOLE_METHOD,
-    "experiments=stage_order/grpo_sft_grpo": WHOLE_METHOD,
-}
+STATED = frozenset(
+    {
+        "anchors=two",
+        "reward=tar",
+        "experiments=stage_order/grpo_sft_grpo",
+        "reward.beta=5",
+        "reward.gamma=1",
+        "anchors.filter.min_reward=6.4",
+        "anchors.filter.min_ious=[0.5,0.7]",
+    }
+)
+"""Settings of the paper's method that it states."""
+LEFT_OPEN = frozenset({"grpo.kl_coef=0.04", "grpo.group_size=8", "reward.tar2_form=abs"})
+"""What we take for the paper's method where it states nothing; conf/ says why."""
+DEVIATIONS: dict[str, dict[str, float]] = {"anchors=one": {"mIoU": 59.3}, "anchors=three": {"mIoU": 41.3}}
+"""Single changes of the method for which the paper has numbers."""
 NOTE = (
     "Columns that begin with “paper” hold what the paper reports for Charades-STA with a 7B model (arXiv 2508.07683): "
     "other data and another model, not comparable number by number. "
@@ -28,15 +37,36 @@ NOTES = {
 }
 
 
-def paper_cells(overrides: Sequence[str]) -> dict[str, Cell] | None:
-    """The paper's numbers for a row, by metric; None if it reports none."""
-    for override in overrides:
-        if override in NUMBERS:
-            values = NUMBERS[override]
-            return {m: Cell(f"{values[m]:.1f}" if m in values else DASH, is_paper=True) for m in METRICS}
+def repeats_paper(choices: Sequence[str]) -> bool:
+    """Whether a row repeats the paper's method; `choices` are the overrides that tell it from the other rows."""
+    return bool(choices) and all(choice in STATED | LEFT_OPEN for choice in choices)
+
+
+def paper_cells(choices: Sequence[str]) -> dict[str, Cell] | None:
+    """The paper's numbers for a row, by metric; None if it reports none for just these choices."""
+    changed = [choice for choice in choices if choice not in STATED | LEFT_OPEN]
+    if not changed and STATED.intersection(choices):
+        return {m: _cell(WHOLE_METHOD, m) for m in METRICS}
+    if len(changed) == 1 and changed[0] in DEVIATIONS:
+        return {m: _cell(DEVIATIONS[changed[0]], m) for m in METRICS}
     return None
 
 
 def paper_note(axes: Sequence[str]) -> str:
     """What to say under a table with these axes and the paper's columns."""
     return NOTE + " ".join(NOTES[axis] for axis in axes if axis in NOTES)
+
+
+def paper_tables() -> tuple[Table, Table]:
+    """What the paper reports: other data and another model than a run's."""
+    note = "Reported by the paper. Other data and another model: not comparable with this run number by number."
+    scores = tuple(_cell(WHOLE_METHOD, m) for m in METRICS)
+    anchors = tuple(_cell(v, "mIoU") for v in (DEVIATIONS["anchors=one"], WHOLE_METHOD, DEVIATIONS["anchors=three"]))
+    return (
+        Table("The paper: Charades-STA, 7B", ("", *METRICS), ((Cell("TAR-TVG"), *scores),), note),
+        Table("The paper: number of anchors", ("", "1", "2", "3 or more"), ((Cell("mIoU"), *anchors),), note),
+    )
+
+
+def _cell(values: dict[str, float], metric: str) -> Cell:
+    return Cell(f"{values[metric]:.1f}" if metric in values else DASH, is_paper=True)

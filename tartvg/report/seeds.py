@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from tartvg.report.runs import TARGETS, TRAINING_STAGES, RunFolder, read_run
+from tartvg.report.runs import LOGGED_STAGES, TARGETS, RunFolder, read_run
 from tartvg.report.tables import DASH, Cell, Table
 from tartvg.types import Scorecard
 
@@ -51,10 +51,11 @@ def gains_table(runs: Sequence[RunFolder]) -> Table:
 
 def phases_table(runs: Sequence[RunFolder]) -> Table:
     """Seconds of each phase, summed over a stage, and the stage's wall clock."""
-    totals = [{stage: _sums(run, stage) for stage in TRAINING_STAGES if stage in run.metrics} for run in runs]
+    stages = [s for s in LOGGED_STAGES if any(s in run.metrics or s in run.manifests for run in runs)]
+    totals = [{stage: _sums(run, stage) for stage in stages if stage in run.metrics} for run in runs]
     names = list(dict.fromkeys(name for total in totals for sums in total.values() for name in sums))
     rows = []
-    for stage in TRAINING_STAGES:
+    for stage in stages:
         sums = [total[stage] for total in totals if stage in total]
         walls = [float(r.manifests[stage]["seconds"]) for r in runs if stage in r.manifests]
         cells = [Cell(spread([s[name] for s in sums if name in s])) for name in names]

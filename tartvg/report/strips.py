@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from tartvg.data.packets import open_video
 from tartvg.types import Span
 
 # Okabe and Ito's palette; each lane is named as well, so colour is never the only sign.
@@ -47,7 +48,7 @@ def thumbnails(video: Path, times: Sequence[float], height: int = 96) -> list[Im
     """
     images: list[Image.Image] = []
     try:
-        with av.open(str(video)) as container:
+        with open_video(video) as container:
             stream = container.streams.video[0]
             begin = float((stream.start_time or 0) * (stream.time_base or 0))
             for time in times:

@@ -23,6 +23,7 @@ code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospac
 pre { background: var(--wash); padding: 1rem; overflow-x: auto; line-height: 1.45; }
 .note { color: var(--soft); font-size: .86rem; margin: .5rem 0 0; }
 .lead { font-size: 1.08rem; }
+.remark { border-left: 3px solid var(--answer); padding-left: .8rem; margin: 1rem 0 0; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1rem 2rem;
            margin: 1.6rem 0 0; }
 .figures div { border-left: 3px solid var(--anchor); padding-left: .8rem; }
@@ -51,9 +52,7 @@ tbody th { font-weight: 600; }
 .note + .scroll { margin-top: 1.8rem; }
 .said .terms { margin: .6rem 0 0; }
 .theirs { background: var(--wash); color: var(--soft); font-style: italic; }
-th.note + .scroll { margin-top: 1.8rem; }
-.said .terms { margin: .6rem 0 0; }
-.theirs { font-style: normal; }
+th.theirs { font-style: normal; }
 .paper { background: var(--wash); padding: 1.1rem 1.2rem .9rem; margin-top: 1.8rem; }
 .paper th:first-child { background: var(--wash); }
 

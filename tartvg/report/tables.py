@@ -10,7 +10,8 @@ from typing import Any
 import rich.box
 import rich.table
 
-from tartvg.report.runs import TARGETS, TRAINING_STAGES, FilterSummary, Metrics
+from tartvg.report.runs import LOGGED_STAGES, TARGETS, FilterSummary, Metrics
+from tartvg.timing import PHASES
 from tartvg.types import Estimate, Scorecard
 
 DASH = "–"  # noqa: RUF001 - a typographic dash for "no value"
@@ -147,24 +148,6 @@ def stage_table(scores: Mapping[str, Scorecard]) -> Table:
     return Table("Scores after each stage", columns, tuple(rows), f"{note} {counts}." if counts else "")
 
 
-def paper_tables() -> tuple[Table, Table]:
-    """What the paper reports (arXiv 2508.07683): other data and another model than a run's."""
-    note = "Reported by the paper. Other data and another model: not comparable with this run number by number."
-    scores = Table(
-        "The paper: Charades-STA, 7B",
-        ("", "mIoU", "R1@0.3", "R1@0.7"),
-        ((Cell("TAR-TVG"), Cell("61.1"), Cell("83.6"), Cell("50.2")),),
-        note,
-    )
-    anchors = Table(
-        "The paper: number of anchors",
-        ("", "1", "2", "3 or more"),
-        ((Cell("mIoU"), Cell("59.3"), Cell("61.1"), Cell("41.3")),),
-        note,
-    )
-    return scores, anchors
-
-
 def filter_table(summary: FilterSummary) -> Table:
     """What the filter kept and what each clause rejected, as counts and as shares of all rollouts."""
 
@@ -187,14 +170,15 @@ def filter_table(summary: FilterSummary) -> Table:
 def seconds_table(metrics: Mapping[str, Metrics], manifests: Mapping[str, Mapping[str, Any]]) -> Table | None:
     """Seconds of each phase (the sum of `time/<phase>_s`) by stage, and the stage's own wall clock. None: no times."""
     sums: dict[str, dict[str, float]] = {}
-    for stage in TRAINING_STAGES:
+    for stage in LOGGED_STAGES:
         for line in metrics.get(stage, []):
             for name, value in line.items():
                 if name.startswith("time/") and name.endswith("_s") and value is not None:
                     total = sums.setdefault(stage, {})
                     phase = name.removeprefix("time/").removesuffix("_s")
                     total[phase] = total.get(phase, 0.0) + value
-    phases = sorted({phase for total in sums.values() for phase in total})
+    found = {phase for total in sums.values() for phase in total}
+    phases = [*(p for p in PHASES if p in found), *sorted(found - set(PHASES))]
     walls = {stage: m["seconds"] for stage, m in manifests.items() if isinstance(m.get("seconds"), (int, float))}
     stages = [*(s for s in manifests if s in walls or s in sums), *(s for s in sums if s not in manifests)]
     if not stages:

@@ -61,20 +61,25 @@ def _control(config: Config, target: str, label: str) -> None:
 def summarise(real: dict[str, Prediction], answers: Sequence[Prediction]) -> dict[str, float | int | None]:
     """Agreement of true and control answers, and what each of them is worth against the truth (mean IoU).
 
-    `agreement` and `changed_rate` are None when no answer holds a time.
+    `agreement` and `changed_rate` are None when no answer holds a time, the two mIoUs when no query has a truth.
     """
     twins = [real[p.sample_id] for p in answers]
     found = compare(
         [Pair(Said(a.anchors, a.answer), Said(b.anchors, b.answer)) for a, b in zip(twins, answers, strict=True)]
     )
-    count = max(1, len(answers))
     return {
         "num_queries": len(answers),
         "agreement": None if found is None else found.agreement,
         "changed_rate": None if found is None else found.changed_rate,
-        "real_miou": sum(answer_iou(p.answer, p.windows) for p in twins) / count,
-        "control_miou": sum(answer_iou(p.answer, p.windows) for p in answers) / count,
+        "real_miou": _miou(twins),
+        "control_miou": _miou(answers),
     }
+
+
+def _miou(predictions: Sequence[Prediction]) -> float | None:
+    """Over the queries that have a truth; a blind test split has none."""
+    known = [answer_iou(p.answer, p.windows) for p in predictions if p.windows]
+    return sum(known) / len(known) if known else None
 
 
 def _ask(policy: Policy, prompts: Sequence[Prompt], kind: ControlName, config: Config) -> list[Prediction]:

@@ -9,13 +9,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tartvg.config import Config, DatasetName, SamplingConfig
+from tartvg.config import Config, DatasetName, SamplingConfig, SettingError
 from tartvg.data.packets import VideoError
-from tartvg.evaluation.score import score
+from tartvg.evaluation.score import Conventions, score, scorecard_to_json
 from tartvg.evaluation.submission import submission
 from tartvg.policy.policy import Policy, PreparedPrompt, stream_seed
 from tartvg.policy.sampling import greedy
@@ -24,7 +25,8 @@ from tartvg.response import parse_response
 from tartvg.stages.common import adapter_of, base_identity, load_policy, prompts_of, set_up
 from tartvg.stages.folder import PATIENCE_S, StageFolder, fingerprint, run_dir
 from tartvg.stages.quiet import quiet_libraries
-from tartvg.stages.shards import batch_files, helpers, is_orphan, missing_of
+from tartvg.stages.shards import are_complete, batch_files, helpers, is_orphan, missing_of
+from tartvg.stages.shared import data_identity
 from tartvg.tracking import Tracker
 from tartvg.types import Completion, Prediction, Prompt, Scorecard
 
@@ -34,6 +36,7 @@ BATCHES = "batches"
 
 def run_evaluate(config: Config) -> None:
     """Score every target of `evaluate.targets` into `<run>/evaluate/<target>/`."""
+    refuse_equal_labels(config.evaluate.targets)
     set_up(config)
     for target in config.evaluate.targets:
         _evaluate(config, target)
@@ -41,27 +44,44 @@ def run_evaluate(config: Config) -> None:
 
 def _evaluate(config: Config, target: str) -> None:
     adapter = adapter_of(config, target)
-    settings = replace(config.evaluate, targets=[], num_shards=1, shard=None)
-    key = {
-        "policy": config.policy, "dataset": config.dataset, "prompt": config.anchors.prompt,
-        "target": config.anchors.target, "cap": config.anchors.max, "evaluate": settings,
-        "max_new_tokens": config.grpo.sampling.max_new_tokens, "base": base_identity(config), "seed": config.seed,
-        "adapter": None if adapter is None else fingerprint(adapter), "threads": config.trainer.num_threads,
-    }  # fmt: skip
-    place = StageFolder(run_dir(config) / "evaluate" / label_of(target), config, key)
+    place = StageFolder(run_dir(config) / "evaluate" / label_of(target), config, key_of(config, adapter))
     if config.evaluate.shard is not None:
         if place.claim():
             work_on_shard(config, target, place.folder / BATCHES, config.evaluate.shard)
-        if not place.is_finished and not _is_complete(config, place.folder):
+        if not place.is_finished and not are_complete(_batches(config, place.folder)):
             print(f"evaluate: shard {config.evaluate.shard} is done; the last one puts the results together")
             return
     # The last two shards may end at the same moment.
     with place.work(0.0 if config.evaluate.shard is None else PATIENCE_S) as is_needed:
-        if not is_needed:
-            return
-        prompts = prompts_to_score(config)
-        predict(config, target, prompts, place.folder / "predictions.jsonl")
-        _score(config, label_of(target), prompts, place.folder, adapter)
+        if is_needed:
+            prompts = prompts_to_score(config)
+            predict(config, target, prompts, place.folder / "predictions.jsonl")
+            _score(config, label_of(target), prompts, place.folder, adapter)
+    # Now that the stage is marked as finished: a kill before that must not cost the predictions.
+    shutil.rmtree(place.folder / BATCHES, ignore_errors=True)
+
+
+def key_of(config: Config, adapter: Path | None) -> dict[str, Any]:
+    """Everything that the results depend on, the annotations and videos among it."""
+    return {
+        "policy": config.policy, "dataset": config.dataset, "data": data_identity(config.dataset),
+        "prompt": config.anchors.prompt, "target": config.anchors.target, "cap": config.anchors.max,
+        "evaluate": replace(config.evaluate, targets=[], num_shards=1, shard=None),
+        "max_new_tokens": config.grpo.sampling.max_new_tokens, "base": base_identity(config), "seed": config.seed,
+        "adapter": None if adapter is None else fingerprint(adapter), "threads": config.trainer.num_threads,
+    }  # fmt: skip
+
+
+def refuse_equal_labels(targets: Sequence[str]) -> None:
+    """Raise SettingError for two targets whose results would have one place: the second would displace the first."""
+    owner: dict[str, str] = {}
+    for target in targets:
+        label = label_of(target)
+        if owner.setdefault(label, target) != target:
+            raise SettingError(
+                f"evaluate.targets: {owner[label]} and {target} would both be evaluate/{label}; "
+                "evaluate them in two runs, each with a name=... of its own"
+            )
 
 
 def label_of(target: str) -> str:
@@ -74,20 +94,21 @@ def prompts_to_score(config: Config) -> list[Prompt]:
     return prompts_of(config, config.evaluate.split)[: config.evaluate.limit]
 
 
-def _is_complete(config: Config, folder: Path) -> bool:
-    files = batch_files(folder / BATCHES, len(prompts_to_score(config)), config.evaluate.batch_size)
-    return not missing_of(files, 0, 1)
+def _batches(config: Config, folder: Path) -> list[Path]:
+    return batch_files(folder / BATCHES, len(prompts_to_score(config)), config.evaluate.batch_size)
 
 
 def predict(config: Config, target: str, prompts: Sequence[Prompt], path: Path) -> None:
-    """Write the predictions of all prompts to `path`, with `evaluate.num_shards` processes."""
+    """Write the predictions of all prompts to `path`, with `evaluate.num_shards` processes.
+
+    The batches beside it are kept: whoever finishes the stage removes them.
+    """
     folder = path.with_name(BATCHES)
     files = batch_files(folder, len(prompts), config.evaluate.batch_size)
-    if missing_of(files, 0, 1):
+    if not are_complete(files):
         with helpers(work_on_shard, config, target, folder):
             work_on_shard(config, target, folder, 0)
     write_atomic(path, "".join(file.read_text(encoding="utf-8") for file in files))
-    shutil.rmtree(folder)
 
 
 def work_on_shard(config: Config, target: str, folder: Path, shard: int, parent: int | None = None) -> None:
@@ -120,13 +141,18 @@ def _score(config: Config, label: str, prompts: Sequence[Prompt], folder: Path, 
     """Scorecard, metrics and, where it applies, a submission file, from the predictions in the folder."""
     samples = [p.sample for p in prompts]
     predictions = [prediction_from_json(row) for row in read_jsonl(folder / "predictions.jsonl")]
+    written = "predictions.jsonl"
     if config.dataset.name is DatasetName.qvhighlights:
         write_jsonl(folder / "submission.jsonl", submission(samples, predictions))
+        written = "submission.jsonl"
     if not all(s.windows for s in samples):
-        print(f"{folder}: predicted but not scored: the labels of {config.evaluate.split} are not public")
+        what = f"dataset={config.dataset.name.value}, split {config.evaluate.split}"
+        print(f"{folder}: nothing was scored, because {what}, has no labels; {written} was written")
         return
-    card = score(samples, predictions, max_anchors=config.anchors.max, seed=config.seed)
-    write_atomic(folder / "scores.json", json.dumps(to_json(card), indent=1) + "\n")
+    conventions = Conventions(is_clipped=config.dataset.clip_windows)
+    rule, strict = conventions.rule, conventions.is_strict
+    card = score(samples, predictions, rule=rule, strict=strict, max_anchors=config.anchors.max, seed=config.seed)
+    write_atomic(folder / "scores.json", json.dumps(scorecard_to_json(card, conventions), indent=1) + "\n")
     _track(config, folder, label, card, predictions, adapter)
 
 
@@ -162,7 +188,7 @@ def prediction(prepared: PreparedPrompt, completion: Completion, index: int, sec
         sample_id=sample.sample_id,
         sample_index=index,
         query=sample.query,
-        video=sample.video.name,
+        video=sample.video.as_posix(),
         windows=sample.windows,
         duration=sample.duration,
         text=completion.text,

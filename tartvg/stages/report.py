@@ -2,38 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 
 from tartvg.config import Config, SettingError
 from tartvg.report.alarms import alarms_table
-from tartvg.report.cells import Comparison, is_run, is_sweep, read_runs, read_sweep_folder, runs_of_group
-from tartvg.report.compare_page import FOLDER, build_comparison, write_stage_pages
+from tartvg.report.cells import (
+    Comparison,
+    is_run,
+    is_sweep,
+    read_entry,
+    read_group,
+    read_runs,
+    read_sweep_folder,
+)
+from tartvg.report.compare_page import FOLDER, addresses, build_comparison, write_stage_pages
 from tartvg.report.export import write_tables
 from tartvg.report.faithfulness import controls_table
 from tartvg.report.page import build_report
-from tartvg.report.runs import RunFolder, read_run
+from tartvg.report.questions import questions_of
+from tartvg.report.runs import RunFolder
 from tartvg.report.tables import Table, filter_table, seconds_table, stage_table, to_rich
-from tartvg.stages.common import prompts_of
 from tartvg.stages.folder import run_dir
-from tartvg.types import GroundingSample
+
+SWEEP = "sweep"
+"""Where the page of a sweep goes whose folder holds a single run as well; below the report folder of that run."""
 
 
 def run_report(config: Config) -> None:
     """Write `<run>/report.html` and `<run>/report/`, and print the table of scores."""
-    samples = {p.sample.sample_id: p.sample for p in prompts_of(config, config.evaluate.split)}
-    folder = run_dir(config)
-    comparison = comparison_of(config)
-    if comparison is None:
-        page, tables = report_run(folder, config.name, samples)
-    else:
-        page, tables = build_comparison(comparison, samples, folder)
-    console = Console(width=max(150, Console().width))
-    for table in tables[:2] if comparison else tables:
-        console.print(to_rich(table))
-    print(f"report: {page}")
+    comparison, folder = comparison_of(config), run_dir(config)
+    if comparison is not None:
+        _compare(comparison, folder, config)
+        return
+    pages = {}
+    if is_sweep(folder):
+        _compare(read_sweep_folder(folder), folder / FOLDER / SWEEP, config)
+        pages["the sweep in this folder"] = f"{FOLDER}/{SWEEP}/report.html"
+    _show(*report_run(folder, config, pages))
 
 
 def comparison_of(config: Config) -> Comparison | None:
@@ -46,24 +53,39 @@ def comparison_of(config: Config) -> Comparison | None:
                 raise SettingError(f"report.runs: there is no run or sweep {name} in {top}")
         return read_runs(folders, config.name, top)
     if config.report.group is not None:
-        folders = runs_of_group(top, config.report.group)
-        if not folders:
+        comparison = read_group(top, config.report.group)
+        if not comparison.entries:
             raise SettingError(f"report.group: no run below {top} has the group {config.report.group}")
-        return read_runs(folders, config.report.group, top)
+        return comparison
     if not folder.is_dir():
         raise SettingError(f"name={config.name}: there is no run in {folder}")
-    return read_sweep_folder(folder) if is_sweep(folder) else None
+    return read_sweep_folder(folder) if is_sweep(folder) and not is_run(folder) else None
 
 
-def report_run(folder: Path, name: str, samples: Mapping[str, GroundingSample]) -> tuple[Path, list[Table]]:
-    """The page of one run, its stage pages and its tables as files."""
-    run = read_run(folder)
-    alone = read_runs([folder], name.rpartition("/")[2], folder.parent)
-    pages = write_stage_pages(alone, folder / FOLDER)
-    page = build_report(folder, samples, folder / "report.html", {n: f"{FOLDER}/{a}" for n, a in pages.items()})
-    tables = _tables(run)
-    write_tables(tables, folder / FOLDER, f"TAR-TVG run: {name}")
-    return page, tables
+def report_run(folder: Path, config: Config, pages: dict[str, str]) -> tuple[Path, list[Table], tuple[str, ...]]:
+    """The page of one run, its stage pages and its tables as files; `pages` are further ones to link to."""
+    entry = read_entry(folder, folder.parent)
+    assert entry.run is not None
+    questions = questions_of([entry.run], config.dataset)
+    stages = write_stage_pages(Comparison(folder.name, (entry,)), folder / FOLDER)
+    links, page = addresses(stages) | pages, folder / "report.html"
+    build_report(folder, questions.samples_by_id, page, links, questions.remarks)
+    tables = _tables(entry.run)
+    write_tables(tables, folder / FOLDER, f"TAR-TVG run: {config.name}")
+    return page, tables, questions.remarks
+
+
+def _compare(comparison: Comparison, folder: Path, config: Config) -> None:
+    questions = questions_of(comparison.runs, config.dataset)
+    page, tables = build_comparison(comparison, questions.samples_by_id, folder, questions.remarks)
+    _show(page, tables[:2], questions.remarks)
+
+
+def _show(page: Path, tables: list[Table], remarks: tuple[str, ...]) -> None:
+    console = Console(width=max(150, Console().width))
+    for table in tables:
+        console.print(to_rich(table))
+    print("\n".join([*remarks, f"report: {page}"]))
 
 
 def _tables(run: RunFolder) -> list[Table]:

@@ -30,7 +30,8 @@ def run_rollouts(config: Config) -> None:
     key = {
         "policy": config.policy, "dataset": config.dataset, "reward": config.reward, "prompt": config.anchors.prompt,
         "target": config.anchors.target, "cap": config.anchors.max, "group_size": settings.group_size,
-        "prompts_per_step": settings.prompts_per_step, "sampling": settings.sampling, "max_steps": max_steps,
+        "prompts_per_step": settings.prompts_per_step, "sampling": settings.sampling,
+        "at_once": settings.prompts_at_once, "max_steps": max_steps,
         "seed": config.seed, "base": base_identity(config), "threads": config.trainer.num_threads,
     }  # fmt: skip
     place = StageFolder(run_dir(config) / STAGE, config, key)
@@ -57,7 +58,7 @@ def _draw(config: Config, folder: Path, max_steps: int) -> None:
             tracker.log(rollout_metrics(groups, config.anchors.target) | module.policy.timer.flush(), batch.step)
             if config.trainer.progress_bar:
                 print(f"rollouts: step {batch.step + 1} of {max_steps}", end="\r", flush=True)
-        tracker.artifact("base-rollouts", "rollouts", folder / "rollouts.jsonl")
+        tracker.artifact(f"{STAGE}-rollouts", "rollouts", folder / "rollouts.jsonl")
 
 
 def _finished_steps(path: Path) -> int:

@@ -29,6 +29,11 @@ def missing_of(files: Sequence[Path], shard: int, num_shards: int) -> list[int]:
     return [number for number in range(shard, len(files), num_shards) if not files[number].exists()]
 
 
+def are_complete(files: Sequence[Path]) -> bool:
+    """Whether no batch is missing, whoever has to make it."""
+    return not missing_of(files, 0, 1)
+
+
 def is_orphan(parent: int | None) -> bool:
     """Whether the process `parent` that started this one for a shard is gone: then nobody waits for it."""
     return parent is not None and os.getppid() != parent

@@ -10,7 +10,7 @@ from tartvg.stages.folder import run_dir
 def run_validate(config: Config) -> int:
     """Check the split of `evaluate.split`; returns the exit code.
 
-    0: all usable; 1: a video is not; 2: the annotations cannot be used.
+    0: all usable; 1: a video is not, or not the annotated one; 2: the annotations cannot be used, or hold no query.
     """
     return run_validation(
         config.dataset,

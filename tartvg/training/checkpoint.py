@@ -33,6 +33,7 @@ from torch import Tensor
 
 from tartvg.config import SettingError
 from tartvg.policy.loading import ADAPTER
+from tartvg.records import flush_to_disk
 
 KEPT = 2
 """Fewest checkpoints that stay: the newest, and the one that is used when the newest is damaged."""
@@ -84,7 +85,7 @@ def save_checkpoint(
         if final.exists():
             shutil.rmtree(final)  # a damaged one: a sound one would have been continued
         side.rename(final)
-        _flush(folder)
+        flush_to_disk(folder)
     except OSError as error:
         shutil.rmtree(side, ignore_errors=True)
         raise SettingError(_cannot_write(folder, step, error)) from error
@@ -168,12 +169,12 @@ def _write(
     files = {}
     for name, content in ((WEIGHTS, save(dict(weights))), (OPTIMIZER, packed.getbuffer())):
         (side / name).write_bytes(content)
-        _flush(side / name)
+        flush_to_disk(side / name)
         files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest = {"step": step, "counters": dict(counters), "files": files}
     (side / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    _flush(side / MANIFEST)
-    _flush(side)
+    flush_to_disk(side / MANIFEST)
+    flush_to_disk(side)
 
 
 def _prune(folder: Path, kept: int) -> None:
@@ -205,12 +206,3 @@ def _cannot_write(folder: Path, step: int, error: OSError) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Make sure that a file's content, or a folder's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -13,12 +13,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from tartvg.config import SettingError
-
 T = TypeVar("T")
 LossOfRows = Callable[[slice], Tensor]
 """Rows of a group -> their share of the step's loss."""
 WHOLE = slice(None)
+
+
+class NothingFits(Exception):
+    """No group of a step fits into memory, not even one completion at a time."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -64,7 +66,7 @@ def fit_update(
 
     `update` starts from zero gradients, so an attempt that failed leaves nothing behind. `begin` is called before each
     attempt, `note(group, parts, error)` before a group is tried in that many parts, 0 for a group that is left out.
-    Returns the gradient norm. Raises SettingError when no group is left.
+    Returns the gradient norm. Raises NothingFits when no group is left.
     """
     parts = [1] * len(losses)
     while any(parts):
@@ -86,10 +88,7 @@ def fit_update(
         failed = begun[-1]
         parts[failed] = min(2 * parts[failed], rows[failed]) if parts[failed] < rows[failed] else 0
         note(failed, parts[failed], reason)
-    raise SettingError(
-        "no group of this step fits into memory, not even one completion at a time; lower policy.frames.total_pixels, "
-        "grpo.sampling.max_new_tokens or policy.logit_chunk"
-    )
+    raise NothingFits
 
 
 def merge_parts(parts: Sequence[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tartvg.config import Aggregation, AnchorsConfig, GrpoConfig, SettingError, Strategy
+from tartvg.config import Aggregation, AnchorsConfig, GrpoConfig, Strategy
 from tartvg.config.preemption import PREEMPTION
 from tartvg.data.packets import VideoError
 from tartvg.grpo import LossInputs, LossSettings, group_advantages, grpo_loss, rollout_metrics
@@ -26,8 +26,8 @@ from tartvg.response import parse_response
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
 from tartvg.training import ranks
-from tartvg.training.fitting import WHOLE, LossOfRows, fit_rows, fit_update, is_out_of_memory, merge_parts
-from tartvg.training.loop import StageRun, StepModule, require_any
+from tartvg.training.fitting import WHOLE, LossOfRows, NothingFits, fit_rows, fit_update, is_out_of_memory, merge_parts
+from tartvg.training.loop import StageRun, StepModule
 from tartvg.training.measures import Row, control_rows, drift_rows, is_due, measured
 from tartvg.training.plan import StepBatch
 from tartvg.types import Completion, Prompt, Rollout, RolloutGroup
@@ -37,17 +37,32 @@ Parts = list[tuple[dict[str, Tensor], int]]
 
 
 @dataclass(frozen=True)
-class Experience:
-    """What one process trains on in one step: lists with one entry per group of its own."""
+class GroupWork:
+    """One group to learn from, with everything that the updates have in common."""
 
-    places: list[int]
-    """Of the groups among those of all processes."""
-    prepared: list[PreparedPrompt]
-    groups: list[RolloutGroup]
-    tokens: list[TokenBatch]
-    references: list[Tensor] | list[None]
-    num_groups: int
-    """Of all processes."""
+    place: int
+    """Among the groups of all processes."""
+    prepared: PreparedPrompt
+    group: RolloutGroup
+    tokens: TokenBatch
+    reference_GT: Tensor | None
+    """None without a KL penalty."""
+    old_GT: Tensor
+    """Of the policy that sampled, as the first update computes them. Those recorded while sampling come from other
+    kernels: in 16 bits they differ enough to leave a narrow clip range before any update."""
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one process drew and trains on in one step."""
+
+    drawn: list[tuple[int, RolloutGroup]]
+    """All its groups, with their places."""
+    works: list[GroupWork]
+    num_drawn: int
+    """Groups of all processes."""
+    num_works: int
+    """Of these, the ones that are trained on."""
     metrics: dict[str, float]
     """What was measured for the monitors, over all processes."""
 
@@ -73,44 +88,63 @@ class GrpoModule(StepModule):
             self.experience = self.explore(batch)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
-        """One step of Algorithm 1: advantages, and `num_iterations` updates on the rollouts."""
+        """One step of Algorithm 1: what was drawn is learned from, recorded and measured."""
         mine = self.experience
         del self.experience  # not to be kept until the next step has its own
-        advantages = [self.advantages(g) for g in mine.groups]
-        chunks = self.even_chunks(mine.tokens)
-        normaliser = self.normaliser(mine)
-        metrics = dict(mine.metrics)
-        for _ in range(self.settings.num_iterations):
-            parts: list[Parts] = [[] for _ in mine.groups]
-            rows = zip(mine.prepared, mine.tokens, mine.references, advantages, mine.groups, parts, strict=True)
-            losses: list[LossOfRows] = [
-                partial(partial(self.group_loss, normaliser=normaliser, num_chunks=chunks), mine.num_groups, *row)
-                for row in rows
-            ]
-            with self.policy.timer("update"):
-                metrics["optim/grad_norm"] = self.fitting_update(losses, mine.groups, parts, batch.step, chunks)
-            metrics |= self.loss_metrics(mine.places, parts)
-            self.judge_update(batch.step, metrics, partial(self.suspects, mine.groups, advantages, parts))
+        metrics = mine.metrics | self.learn(mine, batch.step)
         groups = self.all_groups(mine)
         self.record(groups, batch.step)
-        self.end_step(batch.step, metrics | rollout_metrics(groups, self.anchors.target))
+        self.end_step(batch.step, metrics | (rollout_metrics(groups, self.anchors.target) if groups else {}))
 
     # -- the steps of the step ---------------------------------------------------------------------------------------
 
     def explore(self, batch: StepBatch) -> Experience:
         """Rollouts of this process's prompts, what the reference thinks of them, and what monitors ask."""
         drawn = self.rollout(self.prepare(batch), batch.step)
-        places, prepared = [place for place, _, _ in drawn], [prompt for _, prompt, _ in drawn]
-        groups = [group for _, _, group in drawn]
-        num_groups = int(ranks.total(len(groups))[0])
+        kept = [each for each in drawn if self.teaches(each[2])]
         at_least = 2 if self.engine.is_even else 1  # one token alone needs one pass fewer
         device = self.policy.device
-        tokens = [token_batch([r.completion for r in g.rollouts], device, at_least) for g in groups]
+        prepared = [prompt for _, prompt, _ in kept]
+        tokens = [token_batch([r.completion for r in group.rollouts], device, at_least) for _, _, group in kept]
         references = self.reference_logps(prepared, tokens)
         rows = self.measure(prepared, tokens, references, batch.step)
-        kinds = len(rows) // max(1, len(places))
-        metrics = measured(self.of_all(places * kinds, rows))
-        return Experience(places, prepared, groups, tokens, references, num_groups, metrics)
+        kinds = len(rows) // max(1, len(kept))
+        metrics = measured(self.of_all([place for place, _, _ in kept] * kinds, rows))
+        works = [
+            GroupWork(place, prompt, group, batch_of, reference, torch.zeros_like(batch_of.logps))
+            for (place, prompt, group), batch_of, reference in zip(kept, tokens, references, strict=True)
+        ]
+        num_drawn, num_works = map(int, ranks.total(len(drawn), len(kept)))
+        return Experience([(place, group) for place, _, group in drawn], works, num_drawn, num_works, metrics)
+
+    def teaches(self, group: RolloutGroup) -> bool:
+        """Whether a group is trained on: with `drop_zero_variance`, one whose rewards differ."""
+        return not self.settings.drop_zero_variance or len({r.reward.total for r in group.rollouts}) > 1
+
+    def learn(self, mine: Experience, step: int) -> dict[str, float]:
+        """Advantages, and `num_iterations` updates on the rollouts; their metrics."""
+        if not mine.num_works:
+            return self.nothing_to_learn(step, is_fault=not mine.num_drawn)
+        works = mine.works
+        advantages = [self.advantages(work.group) for work in works]
+        chunks = self.even_chunks([work.tokens for work in works])
+        normaliser = self.normaliser(works)
+        metrics: dict[str, float] = {}
+        for iteration in range(self.settings.num_iterations):
+            parts: list[Parts] = [[] for _ in works]
+            share = partial(
+                self.group_loss, num_groups=mine.num_works, normaliser=normaliser, num_chunks=chunks,
+                is_first=iteration == 0,
+            )  # fmt: skip
+            losses: list[LossOfRows] = [partial(share, *each) for each in zip(works, advantages, parts, strict=True)]
+            try:
+                with self.policy.timer("update"):
+                    metrics["optim/grad_norm"] = self.fitting_update(losses, works, parts, step, chunks)
+            except NothingFits:
+                return metrics | self.nothing_to_learn(step, is_fault=True)
+            metrics |= self.loss_metrics([work.place for work in works], parts)
+            self.judge_update(step, metrics, partial(self.suspects, works, advantages, parts))
+        return metrics
 
     def prepare(self, batch: StepBatch) -> list[tuple[int, PreparedPrompt]]:
         """Prompts with their videos and places; one that cannot be decoded is left out, and says so."""
@@ -120,18 +154,16 @@ class GrpoModule(StepModule):
                 prepared.append((place, self.policy.prepare(prompt, clip)))
             except VideoError as error:
                 print(f"step {batch.step}: training goes on without {prompt.sample.sample_id}: {error}")
-        require_any(batch.step, len(prepared), len(batch.prompts))
         return prepared
 
-    def normaliser(self, mine: Experience) -> float | None:
+    def normaliser(self, works: Sequence[GroupWork]) -> float | None:
         """The tokens of all groups of all processes, where the loss is a mean over tokens; else None.
 
         The other aggregations divide by constants: the mean over groups is right for them.
         """
         if self.settings.aggregation is not Aggregation.token_mean:
             return None
-        pairs = zip(mine.tokens, mine.groups, strict=True)
-        return max(1.0, ranks.total(sum(float(self.mask(t, g).sum()) for t, g in pairs))[0])
+        return max(1.0, ranks.total(sum(float(self.mask(w.tokens, w.group).sum()) for w in works))[0])
 
     def mask(self, tokens: TokenBatch, group: RolloutGroup) -> Tensor:
         """The tokens that count in the loss: bool (G, T)."""
@@ -149,9 +181,11 @@ class GrpoModule(StepModule):
 
     def all_groups(self, mine: Experience) -> list[RolloutGroup]:
         """The groups of all processes, in the order of a single one."""
+        groups = [group for _, group in mine.drawn]
         if ranks.world_size() == 1:
-            return mine.groups
-        return [group_from_json(row) for row in self.of_all(mine.places, list(map(light, mine.groups)))]
+            return groups
+        rows = self.of_all([place for place, _ in mine.drawn], list(map(light, groups)))
+        return [group_from_json(row) for row in rows]
 
     def of_all(self, places: Sequence[int], rows: Sequence[Any]) -> list[Any]:
         """One row per place of this process -> the rows of all processes as JSON values, in order of their places.
@@ -171,8 +205,6 @@ class GrpoModule(StepModule):
         kept = []
         for start in range(0, len(found), size):
             kept += self.sample_fitting(found[start : start + size], step)
-        if found and not kept:
-            raise SettingError("no prompt of this step can be sampled in this memory; lower grpo.group_size")
         with self.policy.timer("reward"):
             return [(place, p, self.judge(p.prompt, group, step)) for place, p, group in kept]
 
@@ -241,10 +273,13 @@ class GrpoModule(StepModule):
         return is_out_of_memory(error) and is_alone and not PREEMPTION.is_held
 
     def fitting_update(
-        self, losses: Sequence[LossOfRows], groups: Sequence[RolloutGroup], parts: Sequence[Parts], step: int,
+        self, losses: Sequence[LossOfRows], works: Sequence[GroupWork], parts: Sequence[Parts], step: int,
         num_chunks: int = 0,
     ) -> float:  # fmt: skip
-        """`update`, in smaller parts where memory asks for it; every such retreat is recorded. In one process only."""
+        """`update`, in smaller parts where memory asks for it; every such retreat is recorded. In one process only.
+
+        Raises NothingFits.
+        """
         if self.run.strategy is not Strategy.single:
             return self.update([partial(loss, WHOLE) for loss in losses], num_chunks)
 
@@ -254,30 +289,35 @@ class GrpoModule(StepModule):
 
         def note(group: int, num_parts: int, error: str) -> None:
             action = f"tried in {num_parts} parts" if num_parts else "left out"
-            sample = groups[group].prompt.sample.sample_id
+            sample = works[group].group.prompt.sample.sample_id
             self.faults.record(step, "out_of_memory", samples=[sample], action=action, error=error.splitlines()[0])
 
-        rows = [len(group.rollouts) for group in groups]
+        rows = [len(work.group.rollouts) for work in works]
         return fit_update(self.update, losses, rows, self.is_survivable, begin, note)
 
     def group_loss(
-        self, num_groups: int, prepared: PreparedPrompt, tokens: TokenBatch, reference_GT: Tensor | None,
-        advantages_G: Tensor, group: RolloutGroup, parts: Parts, part: slice, normaliser: float | None = None,
-        num_chunks: int = 0,
+        self, work: GroupWork, advantages_G: Tensor, parts: Parts, part: slice, *, num_groups: int,
+        normaliser: float | None = None, num_chunks: int = 0, is_first: bool = True,
     ) -> Tensor:  # fmt: skip
-        """The share of some rows of one group in the step's loss; their metrics are appended to `parts`."""
-        mask_GT = self.mask(tokens, group)
+        """The share of some rows of one group in the step's loss; their metrics are appended to `parts`.
+
+        The first update keeps its log-probabilities for the later ones: the ratio of the first is exactly 1.
+        """
+        mask_GT = self.mask(work.tokens, work.group)
         if normaliser is not None:  # the groups' losses add up, and their mean is what is logged
             whole: float | None = normaliser / num_groups
         elif part == WHOLE:
             whole = None
         else:
             whole = divisor(mask_GT, self.settings.aggregation, self.loss_settings.max_new_tokens)
-        logps_GT = self.logps_of_rows(prepared, tokens, self.settings.sampling.temperature, part, num_chunks)
-        old_GT, reference_GT = tokens.logps[part], None if reference_GT is None else reference_GT[part]
-        inputs = LossInputs(logps_GT, old_GT, reference_GT, advantages_G[part], mask_GT[part])
+        logps_GT = self.logps_of_rows(work.prepared, work.tokens, self.settings.sampling.temperature, part, num_chunks)
+        if is_first:
+            work.old_GT[part] = logps_GT.detach()
+        reference_GT = None if work.reference_GT is None else work.reference_GT[part]
+        inputs = LossInputs(logps_GT, work.old_GT[part], reference_GT, advantages_G[part], mask_GT[part])
         output = grpo_loss(inputs, self.loss_settings, whole)
-        parts.append((output.metrics, int(inputs.mask_GT.sum())))
+        gap = {"rollout/logp_gap": sampler_gap(rows_of(work.tokens, part), work.old_GT[part])}
+        parts.append((output.metrics | gap, int(inputs.mask_GT.sum())))
         return output.loss / num_groups
 
     def measure(
@@ -298,17 +338,17 @@ class GrpoModule(StepModule):
         return rows
 
     def suspects(
-        self, groups: Sequence[RolloutGroup], advantages: Sequence[Tensor], parts: Sequence[Parts]
+        self, works: Sequence[GroupWork], advantages: Sequence[Tensor], parts: Sequence[Parts]
     ) -> list[dict[str, Any]]:
         """The groups of this process with their losses: what to look at when a step was not finite."""
         return [
             {
-                "sample_id": group.prompt.sample.sample_id,
+                "sample_id": work.group.prompt.sample.sample_id,
                 "loss": float(merge_parts(part)["loss/total"]),
                 "advantages": advantages_G.tolist(),
-                "group": to_json(group),
+                "group": to_json(work.group),
             }
-            for group, advantages_G, part in zip(groups, advantages, parts, strict=True)
+            for work, advantages_G, part in zip(works, advantages, parts, strict=True)
             if part
         ]
 
@@ -322,6 +362,12 @@ class GrpoModule(StepModule):
 
 UNKNOWN_LOGP = -1e9
 """Stands for a log-probability that is not finite."""
+
+
+def sampler_gap(tokens: TokenBatch, logps_GT: Tensor) -> Tensor:
+    """Mean distance, in nats, of the log-probabilities recorded while sampling from those that training computes."""
+    gap_GT = torch.where(tokens.mask, (tokens.logps - logps_GT).abs(), 0.0)
+    return gap_GT.sum() / tokens.mask.sum().clamp(min=1)
 
 
 def rows_of(tokens: TokenBatch, part: slice) -> TokenBatch:

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from tartvg.config import GrpoConfig, LrDecay, MonitorsConfig, SftConfig, StageStopped, Strategy, TrainerConfig
 from tartvg.config.preemption import PREEMPTION, Preempted
-from tartvg.data.packets import VideoError
 from tartvg.monitors import Watch
 from tartvg.policy.policy import Policy, TokenBatch, stream_seed
-from tartvg.records import dumps
+from tartvg.records import dumps, flush_to_disk
 from tartvg.tracking import Tracker
 from tartvg.training import ranks
 from tartvg.training.checkpoint import KEPT, adapter_weights, latest_checkpoint, restore_adapter, save_checkpoint
@@ -66,13 +65,6 @@ def learning_rate_share(settings: GrpoConfig | SftConfig, step: int, max_steps: 
     """What part of `lr` a step takes: a linear warm-up, then constant or linearly down to 1 / max_steps."""
     warmup = min(1.0, (step + 1) / (settings.warmup_steps + 1))
     return warmup * (1 - step / max_steps) if settings.lr_decay is LrDecay.linear else warmup
-
-
-def require_any(step: int, num_readable: int, num_wanted: int) -> None:
-    """Raises VideoError where no process can decode a single video of a step; all of them must ask."""
-    found, wanted = ranks.total(num_readable, num_wanted)
-    if not found:
-        raise VideoError(f"step {step}: none of its {wanted:.0f} videos can be decoded")
 
 
 class StepModule(pl.LightningModule):
@@ -171,6 +163,12 @@ class StepModule(pl.LightningModule):
             return 0
         return int(ranks.largest(max(map(self.policy.num_chunks, tokens), default=1))[0])
 
+    def nothing_to_learn(self, step: int, is_fault: bool) -> dict[str, float]:
+        """A step without an update, on every process: its metrics. Raises SettingError after too many faults."""
+        if is_fault:
+            self.faults.empty(step)
+        return {"optim/skipped": 1.0}
+
     def judge_update(self, step: int, metrics: dict[str, float], suspects: Callable[[], list[dict[str, Any]]]) -> None:
         """Count an update that was left out and keep what it was made of. Raises SettingError after too many.
 
@@ -200,7 +198,9 @@ class StepModule(pl.LightningModule):
         if is_due or ranks.agreed(time.monotonic() - self._saved_at >= 60 * self.run.checkpoint_minutes):
             self.save()
         stops = self.watch.stops(alarms)
-        if ranks.agreed(bool(stops)):
+        if done < self.run.max_steps and ranks.agreed(bool(stops)):
+            if self._saved_step != done:  # or the same command would come to the same alarm again
+                self.save()
             why = "; ".join(f"{alarm.monitor}, {alarm.text}" for alarm in stops[:1])
             raise StageStopped(f"{self.run.stage} by monitors.stop: {why}")
         if is_leaving or not self.leaves_together:
@@ -218,6 +218,9 @@ class StepModule(pl.LightningModule):
         weights = adapter_weights(self.policy.model, self.engine.weights())
         state = self.engine.optimizer_state()
         if ranks.is_leader():
+            # A checkpoint is continued, not compared: what it follows must be on the disk before it is.
+            for log in (path for path in self.run.folder.glob("*.jsonl") if path.is_file()):
+                flush_to_disk(log)
             folder = self.run.folder / "checkpoints"
             save_checkpoint(folder, self._finished_steps, weights, state, counters, self.run.checkpoints_kept)
         self._saved_step, self._saved_at = self._finished_steps, time.monotonic()
@@ -231,6 +234,8 @@ class StepModule(pl.LightningModule):
         """
         try:
             yield
+            if self.leaves_together:  # a signal after the last step was held, and may not have reached the others yet
+                PREEMPTION.release(ranks.agreed(PREEMPTION.received is not None))
         except Preempted as stop:
             PREEMPTION.hold()
             if self._finished_steps not in (None, self._saved_step) and not self.leaves_together:

@@ -53,6 +53,7 @@ def load_of(config: Config) -> Load:
         group_size=config.grpo.group_size,
         new_tokens=config.grpo.sampling.max_new_tokens,
         has_reference=True,
+        at_once=config.grpo.prompts_at_once,
     )
 
 
@@ -68,13 +69,14 @@ def plan_of(footprint: Footprint, trainer: TrainerConfig, feature_cache_mb: int)
     is_offloaded = trainer.strategy.value == "zero3_offload"
     split = processes if is_zero else 1
     on_device = 0 if is_offloaded else 1
+    cached = feature_cache_mb * 2**20  # in main memory, which is a CPU's own
     kept = {
         "weights": footprint.weights // processes * on_device if is_zero3 else footprint.weights,
         "adapter": footprint.adapter + footprint.reference,
         "gradients": footprint.adapter // split,
         "optimizer": (2 + is_zero) * footprint.adapter // split * on_device,
         "buckets": footprint.adapter * (0 if trainer.strategy is Strategy.single else 2 if is_zero else 1),
-        "features": max(footprint.features, feature_cache_mb * 2**20),
+        "features": footprint.features if trainer.accelerator == "gpu" else max(footprint.features, cached),
     }
     gathered = footprint.weights - kept["weights"] if is_zero3 else 0
     added = {
@@ -126,6 +128,8 @@ def check(config: Config, limit_bytes: int) -> Plan:
 def changes(config: Config) -> Iterator[tuple[str, Config]]:
     """(what to type, the settings with that change): single changes, the least painful first."""
     grpo, frames = config.grpo, config.policy.frames
+    if grpo.prompts_at_once != 1:
+        yield "grpo.prompts_at_once=1", replace(config, grpo=replace(grpo, prompts_at_once=1))
     for factor in (2, 4):
         prompts = max(1, grpo.prompts_per_step // factor)
         yield f"grpo.prompts_per_step={prompts}", replace(config, grpo=replace(grpo, prompts_per_step=prompts))

@@ -3,6 +3,10 @@
 The one place that asks for a rank. Everything here also works in a run of one process, where nothing is sent. What is
 sent are numbers and text, never pickled objects. Every function but `rank`, `world_size` and `is_leader` is collective:
 all processes call it, in the same order.
+
+Messages travel in gloo groups, apart from the group that moves gradients, and are of two kinds. In a step all processes
+do the same: one that lets the others wait for `trainer.timeout_min` is lost, and the run with it. The leader's word
+(`told`) may come after an evaluation of days.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -21,9 +26,22 @@ from torch import Tensor
 from tartvg.config import SettingError, Strategy, TrainerConfig
 
 PATIENCE = timedelta(days=30)
-"""How long the others wait while the leader evaluates."""
-_messages: list[dist.ProcessGroup] = []
-"""The gloo group of the messages, apart from the group that moves gradients. Empty: there is nobody to talk to."""
+"""How long the others wait for the leader's word."""
+
+
+@dataclass
+class _Company:
+    """The other processes of this run."""
+
+    in_step: dist.ProcessGroup | None = None
+    """Waits for `trainer.timeout_min`. None: there is nobody to talk to."""
+    for_leader: dist.ProcessGroup | None = None
+    """Waits for `PATIENCE`."""
+    is_away: bool = False
+    """Whether this process, the leader, works alone for a while, as a run of its own."""
+
+
+_company = _Company()
 
 
 def rank() -> int:
@@ -33,7 +51,7 @@ def rank() -> int:
 
 def world_size() -> int:
     """Processes that work together; 1 while the leader works alone."""
-    return dist.get_world_size() if _messages else 1
+    return 1 if _company.in_step is None or _company.is_away else dist.get_world_size()
 
 
 def is_leader() -> bool:
@@ -67,7 +85,8 @@ def join(settings: TrainerConfig) -> None:
         if is_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(_backend(is_gpu), timeout=_timeout(settings))
-    _messages.append(dist.new_group(backend="gloo", timeout=PATIENCE))
+    _company.in_step = dist.new_group(backend="gloo", timeout=_timeout(settings))
+    _company.for_leader = dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _backend(is_gpu: bool) -> str:
@@ -81,7 +100,7 @@ def _timeout(settings: TrainerConfig) -> timedelta:
 def leave() -> None:
     """Say goodbye: after it this process is a run of its own."""
     if dist.is_initialized():
-        _messages.clear()
+        _company.in_step = _company.for_leader = None
         dist.destroy_process_group()
 
 
@@ -99,13 +118,17 @@ def _reduced(values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> lis
     if world_size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, operation, group=_messages[0])
+    dist.all_reduce(tensor, operation, group=_company.in_step)
     return [float(value) for value in tensor]
 
 
 def told(value: float) -> float:
-    """The leader's number."""
-    return total(value if is_leader() else 0)[0]
+    """The leader's number, whatever the others say, and whenever it comes."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.float64)
+    dist.broadcast(tensor, src=0, group=_company.for_leader)
+    return float(tensor)
 
 
 def gather(lines: Sequence[str]) -> list[str]:
@@ -124,7 +147,7 @@ def gather(lines: Sequence[str]) -> list[str]:
 
 def _each(tensor: Tensor) -> list[Tensor]:
     out = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(out, tensor, group=_messages[0])
+    dist.all_gather(out, tensor, group=_company.in_step)
     return out
 
 
@@ -166,14 +189,17 @@ def by_leader(work: Callable[[], int | None]) -> int | None:
     """The leader works alone, the others wait; all get its result. Where it fails, the others end without a word."""
     if not is_leader():
         return heard() or None
-    group = _messages[:]
-    _messages.clear()
-    try:
+    with failing_together(), _away():
         result = work()
-    except BaseException:
-        _messages.extend(group)
-        told(-1)
-        raise
-    _messages.extend(group)
     told(result or 0)
     return result
+
+
+@contextmanager
+def _away() -> Iterator[None]:
+    """The leader is a run of its own for the block. Blocks may be nested."""
+    before, _company.is_away = _company.is_away, True
+    try:
+        yield
+    finally:
+        _company.is_away = before

@@ -16,7 +16,7 @@ from tartvg.data.packets import VideoError
 from tartvg.policy.policy import PreparedPrompt, TokenBatch, token_batch
 from tartvg.records import to_json
 from tartvg.training import ranks
-from tartvg.training.loop import StepModule, require_any
+from tartvg.training.loop import StepModule
 from tartvg.training.plan import permutation
 from tartvg.types import Completion, Prompt, Trace
 
@@ -85,6 +85,9 @@ class SftModule(StepModule):
     def training_step(self, batch: TraceBatch, batch_idx: int) -> None:
         """Minimise -log p(trace | prompt)."""
         num_tokens = int(ranks.total(sum(int(tokens.mask.sum()) for _, _, tokens in self.kept))[0])
+        if not num_tokens:
+            self.end_step(batch.step, self.nothing_to_learn(batch.step, is_fault=True))
+            return
         chunks = self.even_chunks([tokens for _, _, tokens in self.kept])
         total: list[Tensor] = []
         micro = [
@@ -117,7 +120,6 @@ class SftModule(StepModule):
                 kept.append(((prompt, traces), self.policy.prepare(prompt), self.tokens(traces)))
             except VideoError as error:
                 print(f"step {batch.step}: training goes on without {prompt.sample.sample_id}: {error}")
-        require_any(batch.step, len(kept), len(batch.groups))
         return kept
 
     def tokens(self, traces: Sequence[Trace]) -> TokenBatch:
