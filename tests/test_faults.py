@@ -2,34 +2,29 @@
 
 import dataclasses
 import json
-import multiprocessing
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, planted_prompts, tiny_policy
+from conftest import ROOT
 from test_checkpoint import names
 from test_training import CPU, GRPO, OFF, make_grpo
 
-from tartvg.config import Aggregation, AnchorsConfig, FramesConfig, RewardConfig, SettingError, SftConfig
-from tartvg.policy.policy import token_batch
+from tartvg.config import AnchorsConfig, FramesConfig, RewardConfig, SettingError, SftConfig
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
 from tartvg.training.checkpoint import latest_checkpoint
-from tartvg.training.fitting import NothingFits, fit_rows, fit_update, is_out_of_memory, merge_parts, row_slices
-from tartvg.training.grpo_module import GroupWork, GrpoModule
+from tartvg.training.grpo_module import GrpoModule
 from tartvg.training.loop import StageRun, make_trainer
 from tartvg.training.plan import StepDataset, step_loader
 from tartvg.training.sft_module import SftModule, TraceDataset
-from tartvg.types import Completion, RolloutGroup, Trace
+from tartvg.types import Trace
 
 RUBRIC = Rubric(RewardConfig(), AnchorsConfig())
 FRAMES = FramesConfig(min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
@@ -145,178 +140,6 @@ def test_sft_leaves_such_a_step_out_too(policy, prompts, tmp_path):
     rows = lines(tmp_path / "metrics.jsonl")
     assert sorted(row.get("optim/skipped", 0.0) for row in rows) == [0.0, 1.0]
     assert lines(tmp_path / "faults.jsonl")[0]["kind"] == "empty_step"
-
-
-# -- memory ----------------------------------------------------------------------------------------------------------
-
-
-def too_much():
-    """An allocation that the system really refuses."""
-    return torch.empty(1 << 50, dtype=torch.uint8)
-
-
-def test_torch_out_of_memory_is_recognised():
-    with pytest.raises(RuntimeError) as caught:
-        too_much()
-    assert is_out_of_memory(caught.value)
-    with pytest.raises(MemoryError) as caught:
-        bytearray(1 << 60)
-    assert is_out_of_memory(caught.value)
-    assert not is_out_of_memory(RuntimeError("shapes differ"))
-
-
-@pytest.mark.parametrize("parts", [2, 3, 5, 99])
-def test_slices_cover_all_rows_once(parts):
-    slices = row_slices(5, parts)
-    assert [i for s in slices for i in range(5)[s]] == list(range(5)) and len(slices) == min(parts, 5)
-
-
-def rows_that_fit(limit):
-    """Work on rows 0..7 that really runs out of memory for more than `limit` of them."""
-
-    def work(part):
-        rows = list(range(8))[part]
-        return rows if len(rows) <= limit else too_much()
-
-    return work
-
-
-def test_rows_are_halved_until_they_fit():
-    assert fit_rows(rows_that_fit(8), 8, is_out_of_memory) == [list(range(8))]
-    assert fit_rows(rows_that_fit(3), 8, is_out_of_memory) == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    with pytest.raises(RuntimeError, match="allocate"):
-        fit_rows(rows_that_fit(0), 8, is_out_of_memory)
-
-
-def test_a_group_that_never_fits_is_left_out_and_the_others_are_not():
-    weight = torch.nn.Parameter(torch.ones(()))
-    limits, notes, attempts = [8, 3, 0], [], []
-
-    def loss(group, part):
-        return weight * 10**group * len(rows_that_fit(limits[group])(part))
-
-    def update(losses):
-        weight.grad = None
-        for micro in losses:
-            micro().backward()
-        return float(weight.grad)
-
-    losses = [lambda part, g=g: loss(g, part) for g in range(3)]
-    norm = fit_update(update, losses, [8, 8, 8], is_out_of_memory, lambda: attempts.append(1),
-                      lambda *note: notes.append(note[:2]))  # fmt: skip
-    assert norm == 8 + 80
-    assert notes == [(1, 2), (1, 4), (2, 2), (2, 4), (2, 8), (2, 0)] and len(attempts) == 7
-    with pytest.raises(NothingFits):
-        fit_update(update, losses[2:], [1], is_out_of_memory, lambda: None, lambda *_: None)
-    with pytest.raises(ValueError, match="else"):
-        fit_update(lambda _: (_ for _ in ()).throw(ValueError("else")), losses, [8] * 3, is_out_of_memory,
-                   lambda: None, lambda *_: None)  # fmt: skip
-
-
-@pytest.mark.parametrize("aggregation", list(Aggregation))
-def test_a_group_in_parts_has_the_same_gradient(policy, prompts, tmp_path, aggregation):
-    module = make_grpo(policy, tmp_path, RUBRIC, dataclasses.replace(GRPO, aggregation=aggregation))
-    prepared = policy.prepare(prompts[0])
-    completions = [Completion("x", tuple(range(20, 20 + n)), (-3.0,) * n, True) for n in (5, 2, 7, 3, 4)]
-    tokens = token_batch(completions, policy.device)
-    with policy.as_reference():
-        reference_GT = policy.logps(prepared, tokens) + 0.1
-    group = RolloutGroup(prompts[0], (), 0)
-    work = GroupWork(0, prepared, group, tokens, reference_GT, torch.zeros_like(tokens.logps))
-    advantages_G = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0])
-
-    def gradient(slices):
-        module.zero_grad()
-        for part in slices:
-            module.group_loss(work, advantages_G, parts, part, num_groups=2).backward()
-        return torch.cat([p.grad.flatten() for p in module.trainable() if p.grad is not None])
-
-    parts = []
-    whole, metrics = gradient(row_slices(5, 1)), parts[0][0]
-    parts = []
-    split = gradient(row_slices(5, 3))
-    assert whole.abs().max() > 0
-    assert torch.allclose(whole, split, rtol=1e-4, atol=1e-7)
-    merged = merge_parts(parts)
-    assert {k: float(v) for k, v in merged.items()} == pytest.approx(
-        {k: float(v) for k, v in metrics.items()}, abs=1e-5
-    )
-
-
-def address_space():
-    """Bytes, of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-
-
-def test_a_step_in_too_little_memory_is_done_in_parts(untrained_base, prompts, planted_root, tmp_path):
-    """In a process of its own: earlier tests leave memory behind that needs no asking for."""
-    work = multiprocessing.get_context("spawn").Process(
-        target=little_memory, args=(untrained_base, planted_root, tmp_path)
-    )
-    work.start()
-    work.join(300)
-    assert work.exitcode == 0
-
-
-def little_memory(base, root, tmp_path):
-    """The system itself refuses the memory (RLIMIT_AS): the same step, the same gradient, in parts.
-
-    How much is too little depends on the system's allocator. So the limit falls until it is felt, and every try is a
-    fork of this process, which never ran the step: what one try allocated is not there for the next to use again.
-    """
-    torch.set_num_threads(1)
-    policy, prompts = tiny_policy(base), planted_prompts(root)
-    settings = dataclasses.replace(GRPO, group_size=96, kl_coef=0.0, max_steps=1,
-                                   sampling=dataclasses.replace(GRPO.sampling, max_new_tokens=64))  # fmt: skip
-
-    def step(folder, margin):
-        folder.mkdir()
-        module = make_grpo(policy, folder, RUBRIC, settings)
-        module.advantages = lambda group: torch.arange(96.0) % 7 - 3
-        update = module.update
-
-        def limited(losses):
-            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-            if margin is not None:
-                resource.setrlimit(resource.RLIMIT_AS, (address_space() + margin, hard))
-            try:
-                return update(losses)
-            finally:
-                resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-        module.update = limited
-        fit(module, folder, prompts[:1], 1, per_step=1)
-
-    def tried(name, margin=None):
-        """The folder of one try, which ends well also where a part of the step was left out."""
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                step(tmp_path / name, margin)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        return tmp_path / name
-
-    free = tried("free")
-    assert not (free / "faults.jsonl").exists()
-    margin = 512 << 20
-    tight = tried("tight", margin)
-    while not (tight / "faults.jsonl").exists():
-        margin = margin * 3 // 4
-        assert margin > 1 << 20, "no limit was felt"
-        tight = tried(f"tight_{margin}", margin)
-    faults = lines(tight / "faults.jsonl")
-    assert {fault["kind"] for fault in faults} == {"out_of_memory"}
-    assert faults[0]["action"] == "tried in 2 parts" and "allocate" in faults[0]["error"]
-    assert not any(fault["action"] == "left out" for fault in faults)
-    measured, expected = (lines(folder / "metrics.jsonl")[0] for folder in (tight, free))
-    for name in ("optim/grad_norm", "loss/total", "loss/ratio_mean"):
-        assert measured[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6)
 
 
 # -- decoding processes ----------------------------------------------------------------------------------------------
