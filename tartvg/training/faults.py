@@ -58,8 +58,8 @@ class Faults:
         ids = [offender.get("sample_id") for offender in offenders]
         self.record(step, "non_finite", grad_norm=norm, samples=ids, action="step skipped", in_row=self.in_row)
         self._stop_at_the_limit(
-            f"had a non-finite loss or gradient; what they were made of is in {path.parent}. "
-            "A lower learning rate is the usual cure"
+            "had a non-finite loss or gradient",
+            f"what they were made of is in {path.parent}. A lower learning rate is the usual cure",
         )
 
     def empty(self, step: int) -> None:
@@ -67,10 +67,11 @@ class Faults:
         self.in_row += 1
         self.record(step, "empty_step", action="step skipped", in_row=self.in_row)
         self._stop_at_the_limit(
-            f"had nothing to train on: no video of theirs can be decoded, or none fits into memory; {FAULTS} in "
-            f"{self.folder} says which. stage=validate looks the videos over, stage=memory the plan"
+            "had nothing to train on",
+            f"no video of theirs can be decoded, or none fits into memory: {FAULTS} in {self.folder} says which. "
+            "stage=validate looks the videos over, stage=memory the plan",
         )
 
-    def _stop_at_the_limit(self, why: str) -> None:
+    def _stop_at_the_limit(self, what: str, advice: str) -> None:
         if self.in_row >= self.max_skipped:
-            raise SettingError(f"{self.in_row} steps in a row (trainer.max_skipped_steps) {why}")
+            raise SettingError(f"{self.in_row} steps in a row {what} (trainer.max_skipped_steps); {advice}")
