@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tartvg.config import FramesConfig
 from tartvg.data.planted import encode
@@ -55,6 +57,34 @@ def test_patches_equal_the_librarys_image_processor():
     ours, grid = patchify(np.stack([picture, picture]))
     assert theirs["image_grid_thw"].tolist() == [list(grid)] == [[1, 4, 6]]
     assert torch.allclose(ours, theirs["pixel_values"], atol=1e-5)
+
+
+def test_patches_equal_the_librarys_video_processor():
+    """Where torchvision exists, which the library's video processor needs; we do not."""
+    pytest.importorskip("torchvision")
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    frames = np.random.default_rng(0).integers(0, 256, (6, 56, 84, 3)).astype(np.uint8)
+    processor = Qwen2VLVideoProcessor(do_sample_frames=False, do_resize=False, cap_pixels_per_frame=False)
+    theirs = processor(torch.from_numpy(frames.transpose(0, 3, 1, 2).copy()), return_tensors="pt")
+    ours, grid = patchify(frames)
+    assert theirs["video_grid_thw"].tolist() == [list(grid)] == [[3, 4, 6]]
+    assert torch.allclose(ours, theirs["pixel_values_videos"], atol=1e-5)
+
+
+@given(
+    st.integers(28, 3000), st.integers(28, 3000), st.integers(1, 400).map(lambda n: 2 * n),
+    st.sampled_from([3136, 12544, 100352]),
+)  # fmt: skip
+def test_sizes_are_the_librarys(height, width, num_frames, min_pixels):
+    """Its rule for one picture, with the frame's share of the video's budget, as its video processor takes it."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    settings = FramesConfig(min_pixels=min_pixels)
+    share = settings.total_pixels * 2 // num_frames
+    most = max(min(settings.max_pixels, share), int(min_pixels * 1.05))
+    expected = smart_resize(height, width, factor=28, min_pixels=min_pixels, max_pixels=most)
+    assert target_size(height, width, num_frames, settings) == expected
 
 
 def test_patches_keep_the_order_of_two_frames():
