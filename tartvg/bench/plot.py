@@ -30,8 +30,9 @@ def _sweep(axis: Any, answer: dict[str, Any]) -> None:
     top = 1.1 * max(*limits, *measured)
     axis.plot([1, top], [1, top], color="0.6", linewidth=1, label="token ratio")
     axis.scatter(limits, measured, zorder=3)
-    for p in points:
-        axis.annotate(f"{p['P']}, {p['C']}, {p['G']}", (p["limit"], p["cpu"]), fontsize=8, xytext=(4, -9),
+    for number, p in enumerate(sorted(points, key=lambda p: (p["limit"], p["cpu"]))):
+        offset, side = ((6, -9), "left") if number % 2 else ((-6, 4), "right")  # neighbours must stay readable
+        axis.annotate(f"{p['P']}, {p['C']}, {p['G']}", (p["limit"], p["cpu"]), fontsize=8, xytext=offset, ha=side,
                       textcoords="offset points")  # fmt: skip
     axis.set_xlabel("token ratio G (P + C) / (P + G C)")
     axis.set_ylabel("naive over shared update, CPU time")
