@@ -13,6 +13,7 @@ from test_report import make_run
 
 from tartvg.config import Config, DatasetConfig, DatasetName, SettingError
 from tartvg.config.jobs import Job
+from tartvg.config.method import target_label
 from tartvg.config.sweeps import axes, cells, read_sweep
 from tartvg.records import dumps, write_atomic, write_jsonl
 from tartvg.report.__main__ import main
@@ -30,7 +31,7 @@ from tartvg.report.cells import (
 from tartvg.report.compare import budget_table, comparison_table, differences, reference_of, status_table
 from tartvg.report.compare_page import closing_table
 from tartvg.report.curves import draw_panels
-from tartvg.report.runs import Metrics, planned_targets, read_run, target_label
+from tartvg.report.runs import Metrics, planned_targets, read_run
 from tartvg.report.tables import Table
 from tartvg.stages.report import run_report
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tartvg.config import SettingError
-from tartvg.training.checkpoint import MANIFEST, OPTIMIZER, WEIGHTS, check_files, latest_checkpoint, save_checkpoint
+from tartvg.policy.loading import ADAPTER_FILE as WEIGHTS
+from tartvg.training.checkpoint import MANIFEST, OPTIMIZER, check_files, latest_checkpoint, save_checkpoint
 
 
 def save_step(folder, step, kept=2, size=4):

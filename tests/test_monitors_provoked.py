@@ -8,6 +8,7 @@ import itertools
 import json
 
 import pytest
+from test_training import CPU, OFF
 from torch.utils.data import DataLoader
 
 from tartvg.config import (
@@ -20,9 +21,6 @@ from tartvg.config import (
     RewardConfig,
     SamplingConfig,
     SftConfig,
-    TrackingConfig,
-    TrackingMode,
-    TrainerConfig,
 )
 from tartvg.data.planted import load_planted
 from tartvg.policy.loading import EMBEDDED_TINY
@@ -36,8 +34,6 @@ from tartvg.training.plan import StepDataset, first, step_loader
 from tartvg.training.sft_module import SftModule, TraceDataset
 from tartvg.types import Trace
 
-CPU = TrainerConfig(progress_bar=False)
-OFF = TrackingConfig(mode=TrackingMode.off)
 GRPO = GrpoConfig(group_size=8, prompts_per_step=1, lr=5e-4, sampling=SamplingConfig(max_new_tokens=96))
 
 

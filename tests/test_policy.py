@@ -170,6 +170,21 @@ def test_an_adapter_that_does_not_fit_is_refused(policy, settings, tmp_path, dam
     assert damage == "no safetensors" or damage in str(e.value)
 
 
+def test_a_checkpoint_of_another_adapter_is_refused(policy):
+    from tartvg.training.checkpoint import adapter_weights, restore_adapter
+
+    weights = adapter_weights(policy.model)
+    restore_adapter(policy.model, weights)
+    first = sorted(weights)[0]
+    others = {
+        "missing": {k: v for k, v in weights.items() if k != first},
+        "unexpected": {**weights, "x": weights[first]},
+    }
+    for kind, other in others.items():
+        with pytest.raises(ValueError, match=f"the checkpoint: {kind} weights"):
+            restore_adapter(policy.model, other)
+
+
 def test_a_group_does_not_depend_on_its_neighbours(policy, prompts):
     _, together = completions(policy, prompts)
     prepared = policy.prepare(prompts[1])

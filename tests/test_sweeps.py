@@ -229,7 +229,10 @@ def test_identity_is_everything_that_moves_a_number(tmp_path: Path) -> None:
     annotated = data_identity(real)
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "x.mp4").write_bytes(b"1")
-    assert len({before, annotated, data_identity(real)}) == 3
+    known = data_identity(real)
+    assert len({before, annotated, known}) == 3
+    (tmp_path / "videos" / "gone.mp4").symlink_to("nowhere.mp4")
+    assert data_identity(real) == known, "a link to nothing is no video"
 
 
 def test_links_and_hidden_files_are_no_results(tmp_path: Path) -> None:

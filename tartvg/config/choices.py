@@ -126,6 +126,12 @@ class Strategy(Enum):
     zero3_offload = "zero3_offload"
 
 
+ZERO3 = (Strategy.zero3, Strategy.zero3_offload)
+"""The strategies under which no process holds all weights."""
+ZERO = (Strategy.zero2, *ZERO3)
+"""DeepSpeed's."""
+
+
 class TrackingMode(Enum):
     """`offline` writes W&B files to sync later; `off` keeps metrics.jsonl only."""
 

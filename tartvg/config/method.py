@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tartvg.config.choices import (
     AdvantageScale,
@@ -233,6 +234,11 @@ class PretrainConfig:
             require(getattr(self, name) >= 1, f"pretrain.{name}", ">= 1", getattr(self, name))
         require(self.lr > 0, "pretrain.lr", "> 0", self.lr)
         require(self.habit_lr > 0, "pretrain.habit_lr", "> 0", self.habit_lr)
+
+
+def target_label(target: str) -> str:
+    """The folder below `evaluate/` of a value of evaluate.targets: its own name, or the stage of an adapter folder."""
+    return target if target.isidentifier() else Path(target).resolve().parent.name
 
 
 @dataclass

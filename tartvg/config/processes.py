@@ -55,7 +55,7 @@ def needs_processes(config: Config) -> bool:
         return False
     nodes = trainer.num_nodes
     require(
-        nodes == 1, "trainer.num_nodes", "1 unless torchrun or srun starts the processes (README, Many GPUs)", nodes
+        nodes == 1, "trainer.num_nodes", "1 unless torchrun or srun starts the processes (recipes/README.md)", nodes
     )
     return trainer.devices > 1
 

@@ -115,7 +115,7 @@ def scan(path: Path, deadline: float = float("inf")) -> PacketTable:
     gap = _mean_gap(times, base, rate)
     # The last in the order of decoding: mp4 keeps distances in that order, and only its last one is no distance.
     last = max(number for number, is_one in enumerate(is_shown) if is_one)
-    stay = None if _are_even(sorted(times), gap) else _stay(durations[last], base, gap)
+    stay = None if _are_even(sorted(times), gap) else float(max(0, durations[last] or 0) * base) or None
     return PacketTable(known, is_key, is_shown, sizes, base, gap, True, stay)
 
 
@@ -165,12 +165,6 @@ def _refused_format(path: Path) -> str | None:
 def _are_even(times: list[float], gap: float) -> bool:
     """Whether several frames at `times` (ascending) are all about `gap` apart."""
     return len(times) > 2 and all(abs(b - a - gap) <= VARIABLE_SPACING * gap for a, b in pairwise(times))
-
-
-def _stay(duration: int | None, base: Fraction, gap: float) -> float | None:
-    """Seconds that the last frame stays; None where the last packet does not say so, or says the mean gap."""
-    seconds = float(duration * base) if duration else 0.0
-    return seconds if seconds > 0 and abs(seconds - gap) > float(base) else None
 
 
 def _mean_gap(times: list[float], base: Fraction, rate: float) -> float:

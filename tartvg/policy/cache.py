@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 SHARED_PREFIX_ATTENTION = "tartvg_shared_prefix"
+CAUSAL: dict[str, Tensor | None] = {"full_attention": None}
+"""Mask of a plain causal pass; our own dict keeps the library from building one."""
 
 
 class PrefixCache:

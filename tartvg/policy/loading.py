@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tartvg.policy.windows import WINDOW_ATTENTION
 
 EMBEDDED_TINY = "embedded:tiny"
 ADAPTER = "default"
+ADAPTER_FILE = "adapter_model.safetensors"
+"""PEFT's name for an adapter's weights."""
 REFERENCE = "reference"
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """Every linear layer of the language model; the vision tower stays as released."""
@@ -89,26 +92,33 @@ def new_adapter(model: Any, settings: LoraConfig, seed: int) -> peft.PeftModel:
 def load_adapter(model: Any, folder: Path, *, is_reference_kept: bool) -> peft.PeftModel:
     """An adapter from a run's folder, trainable; with `is_reference_kept` also a frozen copy named `reference`.
 
-    Raises ValueError for a folder without readable safetensors, and for weights that are missing or have no place: the
-    library would leave those as they were born.
+    Raises ValueError for a folder without readable safetensors, and for those of another adapter.
     """
-    file = folder / "adapter_model.safetensors"
+    file = folder / ADAPTER_FILE
     if not file.is_file():
-        raise ValueError(f"{folder}: no adapter_model.safetensors there")
+        raise ValueError(f"{folder}: no {ADAPTER_FILE} there")
     try:
         with safe_open(file, framework="pt") as content:
-            found = set(content.keys())
+            names = set(content.keys())
     except SafetensorError as error:
         raise ValueError(f"{file}: {error}") from error
     wrapped = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, is_trainable=True)
-    expected = set(get_peft_model_state_dict(wrapped, adapter_name=ADAPTER))
-    for kind, wrong in (("missing", expected - found), ("unexpected", found - expected)):
-        if wrong:
-            raise ValueError(f"{file}: {kind} weights: {sorted(wrong)[:3]}: it belongs to another model or is damaged")
+    refuse_other_weights(wrapped, names, str(file))
     if is_reference_kept:
         wrapped.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
         wrapped.set_adapter(ADAPTER)
     return wrapped
+
+
+def refuse_other_weights(model: peft.PeftModel, names: Set[str], where: str) -> None:
+    """Raise ValueError unless `names` are those of the trainable adapter's weights.
+
+    The library passes over what has no place, and leaves what is missing as it was born.
+    """
+    expected = set(get_peft_model_state_dict(model, adapter_name=ADAPTER))
+    for kind, wrong in (("missing", expected - names), ("unexpected", names - expected)):
+        if wrong:
+            raise ValueError(f"{where}: {kind} weights: {sorted(wrong)[:3]}: it belongs to another model or is damaged")
 
 
 def save_adapter(model: peft.PeftModel, folder: Path, base: str, state: dict[str, torch.Tensor] | None = None) -> None:

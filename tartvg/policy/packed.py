@@ -38,7 +38,7 @@ class Packing:
     attention: str
     """The library's implementation that computes each part."""
     is_joined: bool
-    """Whether `joined_attention` computes the completions' part."""
+    """Whether `joined_attention` computes the completions' part; then no mask is needed."""
     mask: Tensor | None
     """bool (1, 1, T, L + T): what a completion may see; None where the implementation knows it by itself."""
 
@@ -96,7 +96,8 @@ def packed_states(
     (group, own, width), before = rows.shape, prompt.shape[1]
     num_rows = group if own else 0
     is_joined = is_exact(rows.device, rows.dtype)  # asked out here: a layer that is run again must do the same again
-    packing = Packing(before, num_rows, own, attention, is_joined, suffix_mask(before, own, attention, rows.device))
+    mask = None if is_joined else suffix_mask(before, own, attention, rows.device)
+    packing = Packing(before, num_rows, own, attention, is_joined, mask)
     hidden = torch.cat([prompt, rows.reshape(1, group * own, width)], dim=1)
     positions = torch.cat([prompt_positions, row_positions.repeat(group).expand(3, -1)], dim=1)
     angles = language_model.rotary_emb(hidden, positions[:, None])

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tartvg.config import PolicyConfig, SamplingConfig
 from tartvg.data.clips import ClipReader
 from tartvg.data.video import Clip
-from tartvg.policy.cache import SHARED_PREFIX_ATTENTION, DecodeCache, PrefixCache, attending_by
+from tartvg.policy.cache import CAUSAL, SHARED_PREFIX_ATTENTION, DecodeCache, PrefixCache, attending_by
 from tartvg.policy.disk_cache import DiskCache, tower_identity
 from tartvg.policy.features import FeatureCache, VideoFeatures, video_key
 from tartvg.policy.inputs import PromptInputs, clip_patches, encode_prompt
@@ -32,8 +32,6 @@ from tartvg.timing import PhaseTimer
 from tartvg.types import Completion, GroundingSample, Prompt
 
 NEVER_SAMPLED = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-CAUSAL: dict[str, Tensor | None] = {"full_attention": None}
-"""Mask of a plain causal pass; our own dict keeps the library from building one."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tartvg.policy.cache import ExpandedCache, PrefixCache, attending_by
+from tartvg.policy.cache import CAUSAL, ExpandedCache, PrefixCache, attending_by
 
 PREFIX_ATTENTION = "tartvg_prefix"
 
@@ -157,8 +157,7 @@ def copied_attention(
     values = torch.cat([prompt_value.expand(group, -1, -1, -1), value], dim=2)
     repeats = heads // key.shape[1]
     keys, values = keys.repeat_interleave(repeats, dim=1), values.repeat_interleave(repeats, dim=1)
-    seen = torch.ones(length, before + length, dtype=torch.bool, device=query.device).tril(before)
-    return scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=scale)
+    return scaled_dot_product_attention(query, keys, values, attn_mask=_seen(before, length, query.device), scale=scale)
 
 
 @lru_cache(maxsize=8)
@@ -213,8 +212,12 @@ def suffix_mask(before: int, own: int, attention: str, device: torch.device) -> 
     """
     if attention == "flash_attention_2":
         return None
-    causal = torch.ones(own, own, dtype=torch.bool, device=device).tril()
-    return torch.cat([causal.new_ones(own, before), causal], dim=1)[None, None]
+    return _seen(before, own, device)[None, None]
+
+
+def _seen(before: int, own: int, device: torch.device) -> Tensor:
+    """What each of T tokens behind L others may see: bool (T, L + T)."""
+    return torch.ones(own, before + own, dtype=torch.bool, device=device).tril(before)
 
 
 def suffix_states(language_model: Any, rows: Tensor, steps: Tensor, prefix: PrefixCache, attention: str) -> Tensor:
@@ -229,7 +232,7 @@ def suffix_states(language_model: Any, rows: Tensor, steps: Tensor, prefix: Pref
             out = language_model(
                 inputs_embeds=rows,
                 position_ids=positions,
-                attention_mask={"full_attention": None},
+                attention_mask=CAUSAL,
                 use_cache=False,
                 prefix=prefix,
             )

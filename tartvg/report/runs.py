@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from tartvg.config.method import target_label
 from tartvg.evaluation.score import scorecard_from_json
 from tartvg.records import group_from_json, prediction_from_json, read_jsonl
 from tartvg.types import Prediction, RolloutGroup, Scorecard
@@ -205,11 +206,6 @@ def planned_targets(run: RunFolder) -> list[str]:
         if "evaluate" in stages:
             planned |= {target_label(str(t)) for t in OmegaConf.select(settings, "evaluate.targets") or ()}
     return in_order(planned or (TARGETS if run.scores else ()))
-
-
-def target_label(target: str) -> str:
-    """The folder below `evaluate/` of a value of evaluate.targets: its own name, or the stage of an adapter folder."""
-    return target if target.isidentifier() else Path(target).resolve().parent.name
 
 
 @lru_cache(maxsize=256)

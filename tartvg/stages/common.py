@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 
 from tartvg.config import Config, SettingError
+from tartvg.config.choices import ZERO3
 from tartvg.data.clips import ClipReader
 from tartvg.data.datasets import load_samples
 from tartvg.policy.allocator import keep_freed_memory
 from tartvg.policy.features import FeatureCache
-from tartvg.policy.loading import EMBEDDED_TINY, base_path
+from tartvg.policy.loading import ADAPTER_FILE, EMBEDDED_TINY, base_path
 from tartvg.policy.policy import Policy
 from tartvg.prompts import build_prompt
 from tartvg.records import read_jsonl, write_jsonl
 from tartvg.stages.folder import fingerprint, run_dir
-from tartvg.training.strategies import ZERO3
 from tartvg.types import Prompt
 
 BASE = "base"
@@ -83,10 +83,10 @@ def adapter_of(config: Config, target: str) -> Path | None:
     folder = run_dir(config) / target / "adapter" if target in ("grpo1", "sft", "grpo2") else Path(target)
     if folder.is_file() or (folder / "adapter_model.bin").exists():
         raise SettingError(
-            f"{target}: adapters are read from a folder with adapter_model.safetensors; other forms (.bin, .pt, .ckpt) "
+            f"{target}: adapters are read from a folder with {ADAPTER_FILE}; other forms (.bin, .pt, .ckpt) "
             "may hold pickled Python objects, which run code when they are read, and are refused"
         )
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not (folder / ADAPTER_FILE).is_file():
         raise SettingError(f"{target}: no adapter in {folder}; run that stage first, or give an adapter folder")
     return folder
 

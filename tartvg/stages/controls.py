@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tartvg.config import Config, ControlName, SamplingConfig
+from tartvg.config.method import target_label
 from tartvg.data.video import VideoError
 from tartvg.evaluation.faithfulness import Pair, Said, compare
 from tartvg.evaluation.score import answer_iou
@@ -17,7 +18,7 @@ from tartvg.policy.policy import Policy, PreparedPrompt
 from tartvg.policy.sampling import greedy
 from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atomic, write_jsonl
 from tartvg.stages.common import adapter_of, load_policy, prompts_of
-from tartvg.stages.evaluate import label_of, prediction
+from tartvg.stages.evaluate import prediction
 from tartvg.stages.folder import PATIENCE_S, StageFolder, fingerprint, run_dir
 from tartvg.tracking import Tracker
 from tartvg.types import Prediction, Prompt
@@ -30,7 +31,7 @@ def run_controls(config: Config) -> None:
     answers that the evaluation has recorded.
     """
     for target in config.evaluate.targets if config.controls.kinds else []:
-        _control(config, target, label_of(target))
+        _control(config, target, target_label(target))
 
 
 def _control(config: Config, target: str, label: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tartvg.config import Config, DatasetName, SamplingConfig, SettingError
+from tartvg.config.method import target_label
 from tartvg.data.packets import VideoError
 from tartvg.evaluation.score import Conventions, score, scorecard_to_json
 from tartvg.evaluation.submission import submission
@@ -44,7 +45,7 @@ def run_evaluate(config: Config) -> None:
 
 def _evaluate(config: Config, target: str) -> None:
     adapter = adapter_of(config, target)
-    place = StageFolder(run_dir(config) / "evaluate" / label_of(target), config, key_of(config, adapter))
+    place = StageFolder(run_dir(config) / "evaluate" / target_label(target), config, key_of(config, adapter))
     if config.evaluate.shard is not None:
         if place.claim():
             work_on_shard(config, target, place.folder / BATCHES, config.evaluate.shard)
@@ -56,7 +57,7 @@ def _evaluate(config: Config, target: str) -> None:
         if is_needed:
             prompts = prompts_to_score(config)
             predict(config, target, prompts, place.folder / "predictions.jsonl")
-            _score(config, label_of(target), prompts, place.folder, adapter)
+            _score(config, target_label(target), prompts, place.folder, adapter)
     # Now that the stage is marked as finished: a kill before that must not cost the predictions.
     shutil.rmtree(place.folder / BATCHES, ignore_errors=True)
 
@@ -76,17 +77,12 @@ def refuse_equal_labels(targets: Sequence[str]) -> None:
     """Raise SettingError for two targets whose results would have one place: the second would displace the first."""
     owner: dict[str, str] = {}
     for target in targets:
-        label = label_of(target)
+        label = target_label(target)
         if owner.setdefault(label, target) != target:
             raise SettingError(
                 f"evaluate.targets: {owner[label]} and {target} would both be evaluate/{label}; "
                 "evaluate them in two runs, each with a name=... of its own"
             )
-
-
-def label_of(target: str) -> str:
-    """The folder of a target: its own name, or the stage that an adapter folder comes from."""
-    return target if target.isidentifier() else Path(target).resolve().parent.name
 
 
 def prompts_to_score(config: Config) -> list[Prompt]:
@@ -128,7 +124,7 @@ def work_on_shard(config: Config, target: str, folder: Path, shard: int, parent:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=shard > 0 or not config.trainer.progress_bar) as progress:
         own = range(shard, len(files), count)
-        task = progress.add_task(f"evaluate {label_of(target)}", total=len(own))
+        task = progress.add_task(f"evaluate {target_label(target)}", total=len(own))
         for number in own:
             if is_orphan(parent):
                 sys.exit(1)

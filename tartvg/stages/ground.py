@@ -8,6 +8,7 @@ from pathlib import Path
 from tartvg.config import Config, SettingError
 from tartvg.data.clips import decode_isolated
 from tartvg.data.packets import VideoError
+from tartvg.policy.loading import ADAPTER_FILE
 from tartvg.policy.sampling import greedy
 from tartvg.prompts import build_prompt
 from tartvg.report.strips import film_strip
@@ -25,7 +26,7 @@ def trained_adapter(config: Config) -> Path | None:
         return adapter_of(config, config.init_adapter)
     for stage in LAST_TO_FIRST:
         folder = run_dir(config) / stage / "adapter"
-        if (folder / "adapter_model.safetensors").is_file():
+        if (folder / ADAPTER_FILE).is_file():
             return folder
     return None
 

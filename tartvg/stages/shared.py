@@ -48,17 +48,20 @@ def code_identity() -> str:
 
 
 def data_identity(settings: DatasetConfig) -> str:
-    """What tells one state of a data set's files from another: annotations by content, videos by name and size."""
+    """What tells one state of a data set's files from another: annotations by content, videos by name and size.
+
+    A link to nothing is no video.
+    """
     if settings.name in DRAWN:
         return "drawn"  # by the code, from the settings
     digest = hashlib.sha256()
     root = Path(settings.root)
     for path in sorted(p for p in root.glob("*") if p.is_file()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        digest.update(f"{path.name}\0{_hash(path)}\n".encode())
     videos = Path(settings.videos) if settings.videos else root / "videos"
     if videos.is_dir():
         with os.scandir(videos) as entries:
-            sizes = sorted((entry.name, entry.stat().st_size) for entry in entries)
+            sizes = sorted((entry.name, entry.stat().st_size) for entry in entries if Path(entry.path).exists())
         digest.update(json.dumps(sizes).encode())
     return digest.hexdigest()[:16]
 

@@ -32,13 +32,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from tartvg.config import SettingError
-from tartvg.policy.loading import ADAPTER
+from tartvg.policy.loading import ADAPTER, ADAPTER_FILE, refuse_other_weights
 from tartvg.records import flush_to_disk
 
 KEPT = 2
 """Fewest checkpoints that stay: the newest, and the one that is used when the newest is damaged."""
 MANIFEST = "checkpoint.json"
-WEIGHTS = "adapter_model.safetensors"
 OPTIMIZER = "optimizer.pt"
 MAX_MANIFEST_BYTES = 1 << 20
 
@@ -110,10 +109,9 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def restore_adapter(model: PeftModel, weights: Mapping[str, Tensor]) -> None:
-    """Put saved adapter weights into the trainable adapter. Raises ValueError when a weight has no place."""
-    result: Any = set_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER)
-    if result.unexpected_keys:
-        raise ValueError(f"the checkpoint does not belong to this model: {sorted(result.unexpected_keys)[:3]}")
+    """Put saved weights into the trainable adapter. Raises ValueError for those of another one."""
+    refuse_other_weights(model, weights.keys(), "the checkpoint")
+    set_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER)
 
 
 def check_files(path: Path) -> dict[str, Any]:
@@ -128,7 +126,7 @@ def check_files(path: Path) -> dict[str, Any]:
         step = int(manifest["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{MANIFEST}: {type(error).__name__}: {error}") from error
-    if path.name != f"step_{step:06d}" or not files.keys() >= {WEIGHTS, OPTIMIZER}:
+    if path.name != f"step_{step:06d}" or not files.keys() >= {ADAPTER_FILE, OPTIMIZER}:
         raise DamagedCheckpoint(f"{MANIFEST} belongs to another checkpoint")
     for name, (size, digest) in files.items():
         if Path(name).name != name or name in (".", ".."):
@@ -147,7 +145,7 @@ def check_files(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> Checkpoint:
     manifest = check_files(path)
     try:
-        weights = load((path / WEIGHTS).read_bytes())
+        weights = load((path / ADAPTER_FILE).read_bytes())
         optimizer = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
         counters = {str(k): int(v) for k, v in manifest.get("counters", {}).items()}
     except (SafetensorError, pickle.UnpicklingError) as error:
@@ -167,7 +165,7 @@ def _write(
     packed = io.BytesIO()
     torch.save(dict(optimizer), packed)
     files = {}
-    for name, content in ((WEIGHTS, save(dict(weights))), (OPTIMIZER, packed.getbuffer())):
+    for name, content in ((ADAPTER_FILE, save(dict(weights))), (OPTIMIZER, packed.getbuffer())):
         (side / name).write_bytes(content)
         flush_to_disk(side / name)
         files[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -26,7 +26,7 @@ MayStep = Callable[[float], bool]
 
 
 class Engine(Protocol):
-    """All methods but `whole` of a single process are collective."""
+    """With several processes every method is collective: all of them call it, in the same order."""
 
     is_even: bool
     """Whether every process has to take the same passes through the model, in the same order (ZeRO-3)."""

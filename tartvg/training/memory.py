@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tartvg.config import Config, SettingError, Strategy, TrainerConfig
+from tartvg.config.choices import ZERO, ZERO3
 from tartvg.policy.footprint import TEXT_TOKENS, Footprint, Load, most_video_tokens, trace
 
 GIB = 2**30
@@ -64,9 +65,9 @@ def plan_of(footprint: Footprint, trainer: TrainerConfig, feature_cache_mb: int)
     gradient, and two blocks at a time (one in use, one prefetched) in the update.
     """
     processes = trainer.devices * trainer.num_nodes
-    is_zero = trainer.strategy.value.startswith("zero")
-    is_zero3 = trainer.strategy.value.startswith("zero3")
-    is_offloaded = trainer.strategy.value == "zero3_offload"
+    is_zero = trainer.strategy in ZERO
+    is_zero3 = trainer.strategy in ZERO3
+    is_offloaded = trainer.strategy is Strategy.zero3_offload
     split = processes if is_zero else 1
     on_device = 0 if is_offloaded else 1
     cached = feature_cache_mb * 2**20  # in main memory, which is a CPU's own

@@ -19,9 +19,8 @@ from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 
 from tartvg.config import Strategy as Name
 from tartvg.config import TrainerConfig
+from tartvg.config.choices import ZERO3
 
-ZERO3 = (Name.zero3, Name.zero3_offload)
-"""The strategies under which no process holds all weights."""
 BUCKET = 4_000_000
 """Numbers that travel in one message. DeepSpeed's default allocates 2 GB on every process, for an adapter of 0.2 GB."""
 

@@ -36,7 +36,7 @@ def run_phase(
     step_losses: StepLosses,
     horizon: float = 1.0,
 ) -> None:
-    """Train `modules` for `steps` steps; the state after each 200 is kept in `folder/<name>.pt`.
+    """Train `modules` for `steps` steps; the state after each `SAVE_EVERY` is kept in `folder/<name>.pt`.
 
     The learning rate decays over `horizon * steps` steps.
 

@@ -20,6 +20,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import cross_entropy
 
 from tartvg.data.lessons import FPS, Answer, Footage, crop
+from tartvg.policy.cache import CAUSAL
 from tartvg.policy.inputs import encode_prompt
 from tartvg.policy.patches import TEMPORAL_PATCH
 from tartvg.training.tiny_tower import TOKENS_PER_GRID
@@ -157,7 +158,7 @@ class Sight:
         embedded = self.decoder.embed_tokens(batch.ids)
         embedded = embedded.masked_scatter(batch.is_video[..., None], batch.features)
         out = self.decoder(
-            inputs_embeds=embedded, position_ids=batch.positions, attention_mask={"full_attention": None},
+            inputs_embeds=embedded, position_ids=batch.positions, attention_mask=CAUSAL,
             use_cache=False,
         )  # fmt: skip
         is_answer = batch.labels[:, 1:] != -100
@@ -189,7 +190,7 @@ def text_loss(model: Any, tokenizer: Any, texts: Sequence[tuple[str, Answer]]) -
     decoder = model.model.language_model
     positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
     out = decoder(
-        inputs_embeds=decoder.embed_tokens(ids), position_ids=positions, attention_mask={"full_attention": None},
+        inputs_embeds=decoder.embed_tokens(ids), position_ids=positions, attention_mask=CAUSAL,
         use_cache=False,
     )  # fmt: skip
     is_taught = wanted[:, 1:] != -100
