@@ -35,8 +35,9 @@ check: $(STAMP) ## style, types, direction of imports and the quick tests
 	$(BIN)/lint-imports
 	$(PYTEST) -m "not slow and not gpu"
 
-bench: $(STAMP) ## speed and memory against the naive path, the library and TRL (half an hour on two cores)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+bench: $(STAMP) ## decoding, speed and memory beside other engines (an hour on two quiet cores)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench,bench_video]'
+	$(BIN)/python -m tartvg.data.benchmark
 	$(BIN)/python -m tartvg.bench
 
 clean: ## removes .venv and caches; runs/ and data/ stay

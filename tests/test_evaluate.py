@@ -13,6 +13,7 @@ from test_config import composed
 from tartvg.config import SettingError
 from tartvg.data.planted import encode
 from tartvg.data.scene import RULES, make_scene
+from tartvg.evaluation.cli import main
 from tartvg.evaluation.detection import mean_average_precision
 from tartvg.evaluation.formats import read_predictions
 from tartvg.evaluation.score import score
@@ -174,6 +175,32 @@ def test_a_split_without_labels_says_that_nothing_was_scored(untrained_base, run
     assert shown.splitlines()[-1].endswith("submission.jsonl was written")
     assert [r["qid"] for r in rows(tmp_path / "r/evaluate/base/submission.jsonl")] == [7]
     assert not (tmp_path / "r/evaluate/base/scores.json").exists()
+
+
+@pytest.mark.slow
+def test_qvhighlights_gets_its_own_scores(untrained_base, run_command, tmp_path: Path) -> None:
+    """Average precision and the lengths of windows, beside what every data set has: as the scorer says of the file."""
+    (tmp_path / "videos").mkdir()
+    encode(tmp_path / "videos/a.mp4", make_scene(5, RULES["planted"]))
+    row = {"qid": 7, "query": "the red circle", "vid": "a", "duration": 15, "relevant_windows": [[0, 15], [2, 6]]}
+    annotations = tmp_path / "highlight_val_release.jsonl"
+    annotations.write_text(json.dumps(row))
+    run_command(
+        "stage=evaluate", "dataset=qvhighlights", f"dataset.root={tmp_path}", f"policy.path={untrained_base}",
+        "evaluate.split=val", "evaluate.targets=[base]", "evaluate.num_samples=2", "grpo.sampling.max_new_tokens=64",
+        "controls.kinds=[]", "tracking.mode=off", "trainer.num_threads=1", "trainer.progress_bar=false",
+        f"runs_dir={tmp_path}", "name=r",
+    )  # fmt: skip
+    folder = tmp_path / "r/evaluate/base"
+    own, again = json.loads((folder / "scores.json").read_text()), tmp_path / "again.json"
+    assert main(["--dataset", "qvhighlights", "--annotations", str(annotations), "--json", str(again),
+                 "--predictions", str(folder / "submission.jsonl")]) == 0  # fmt: skip
+    (file,) = json.loads(again.read_text())["files"]
+    assert list(own["recall"]) == ["0.1", "0.3", "0.5", "0.7"]
+    assert (own["detection"], own["by_length"]) == (file["detection"], file["by_length"])
+    assert list(own["by_length"]) == ["short", "middle"]
+    (logged,) = rows(folder / "metrics.jsonl")
+    assert logged["eval/qvhighlights/map"] == own["detection"]["average"]
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_the_rules_for_several_windows_and_the_strict_thresholds(
 @needs_data
 def test_iou_equals_the_logged_difficulty_of_time_rft() -> None:
     path = REAL / "tvgbench/train_2k5.json"
-    samples = tvgbench.read([path], ReadOptions("train", clip_windows=False)).samples
+    samples = tvgbench.read([path], ReadOptions("train", late_windows="keep")).samples
     rows = json.loads(path.read_text())
     predicted = [Span(*row["pred"]) for row in rows]
     values = [100 * answer_iou(p, s.windows) for p, s in zip(predicted, samples, strict=True)]
@@ -96,7 +96,7 @@ def test_iou_equals_the_logged_difficulty_of_time_rft() -> None:
 
 @needs_data
 def test_iou_equals_what_vtimellm_logged() -> None:
-    options = ReadOptions("test", clip_windows=False)
+    options = ReadOptions("test", late_windows="keep")
     samples = {s.sample_id: s for s in activitynet.read([REAL / "activitynet/test.json"], options).samples}
     checked = 0
     for line in (REAL / "completions/vtimellm_example_log.txt").read_text().splitlines():

@@ -10,7 +10,7 @@ import pytest
 
 from tartvg.config import DatasetConfig, DatasetName, PlantedConfig
 from tartvg.data import activitynet, charades_sta, jsonl, qvhighlights, tacos, tvgbench
-from tartvg.data.annotations import Annotations, ReadOptions
+from tartvg.data.annotations import Annotations, LateWindows, ReadOptions
 from tartvg.data.datasets import load_annotations, load_samples, read_files
 from tartvg.data.splits import carve, is_validation_video
 from tartvg.types import Span
@@ -67,7 +67,7 @@ TABLE = [
 @needs_data
 @pytest.mark.parametrize(("name", "reader", "split", "expected"), TABLE, ids=lambda v: v if isinstance(v, str) else "")
 def test_counts_of_the_real_files(name: str, reader: object, split: str, expected: tuple[float | None, ...]) -> None:
-    annotations = real(name, reader, split, clip_windows=False, reversed_windows="keep")
+    annotations = real(name, reader, split, late_windows="keep", reversed_windows="keep")
     q = annotations.quirks
     late = [w.end - s.duration for s in annotations.samples for w in s.windows if w.end > s.duration + 1e-6]
     found = [q.windows, q.videos, q.reversed + q.zero_length, q.beyond_end]
@@ -102,7 +102,7 @@ def test_the_default_policies_on_the_real_files(
 def test_durations_and_windows_of_the_real_files() -> None:
     means = {}
     for name, reader, split, _ in TABLE:
-        annotations = real(name, reader, split, clip_windows=False, reversed_windows="keep")
+        annotations = real(name, reader, split, late_windows="keep", reversed_windows="keep")
         durations = {s.video: s.duration for s in annotations.samples}
         lengths = [w.length for s in annotations.samples for w in s.windows]
         means[name, split] = (sum(durations.values()) / len(durations), sum(lengths) / len(lengths))
@@ -194,7 +194,7 @@ def test_charades_text(tmp_path: Path) -> None:
     assert [s.windows[0] for s in found.samples] == [Span(1, 4.5), Span(9, 20.5), Span(8, 3)]
     assert [s.sample_id for s in found.samples] == [f"charades_sta_test_{i}" for i in range(3)]
     assert [str(s.video) for s in found.samples] == ["A1.mp4", "B2.mp4", "B2.mp4"]
-    raw = charades_sta.read(paths, ReadOptions("test", clip_windows=False))
+    raw = charades_sta.read(paths, ReadOptions("test", late_windows="keep"))
     assert raw.samples[1].windows == (Span(9, 21),)
     train = charades_sta.read(paths, TRAIN)
     assert [s.sample_id for s in train.samples] == ["charades_sta_train_0", "charades_sta_train_1"]
@@ -202,6 +202,20 @@ def test_charades_text(tmp_path: Path) -> None:
     assert "1 reversed" in train.quirks.summary() and "1 dropped" in train.quirks.summary()
     swapped = charades_sta.read(paths, ReadOptions("train", reversed_windows="swap"))
     assert swapped.samples[2].windows == (Span(3, 8),) and swapped.quirks.swapped == 1
+
+
+def test_late_windows_are_cut_left_out_or_kept(tmp_path: Path) -> None:
+    paths = charades(tmp_path, "A1 1.0 12.0##late\nA1 1.0 10.0##in time\nA1 1.0 10.0000001##a rounding\n")
+
+    def ends(split: str, policy: LateWindows) -> list[float]:
+        samples = charades_sta.read(paths, ReadOptions(split, late_windows=policy)).samples
+        return [window.end for sample in samples for window in sample.windows]
+
+    assert ends("train", "clip") == ends("test", "clip") == ends("test", "drop") == [10.0, 10.0, 10.0]
+    assert ends("train", "drop") == [10.0, 10.0]
+    assert ends("train", "keep") == ends("test", "keep") == [12.0, 10.0, 10.0000001]
+    quirks = charades_sta.read(paths, ReadOptions("train", late_windows="drop")).quirks
+    assert (quirks.beyond_end, quirks.dropped_windows, quirks.dropped, quirks.clipped) == (1, 1, 1, 0)
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,9 @@ class DatasetConfig:
     """Folder of annotations; planted videos are drawn into it."""
     videos: str | None = None
     """Folder of video files; null: `<root>/videos`."""
-    clip_windows: bool = True
-    """Cut ground truth at the end of the video, as it cannot be reached beyond it."""
+    late_windows: str = "clip"
+    """Windows that end after their video: `clip` cuts them there, as nobody can answer beyond it; `drop` also leaves
+    them out of training; `keep` takes them as annotated. Test windows are never left out."""
     reversed_windows: str = "drop"
     """Training windows whose start is after their end: `drop`, `swap` or `keep`. Test windows are never touched."""
     limit: int | None = None
@@ -136,6 +137,8 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         known = ("drop", "swap", "keep")
         require(self.reversed_windows in known, "dataset.reversed_windows", ", ".join(known), self.reversed_windows)
+        known = ("clip", "drop", "keep")
+        require(self.late_windows in known, "dataset.late_windows", ", ".join(known), self.late_windows)
         require(self.limit is None or self.limit >= 1, "dataset.limit", "null or >= 1", self.limit)
 
 

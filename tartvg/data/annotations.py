@@ -6,7 +6,7 @@ What happens to a quirk (nothing is repaired in a file, and nothing happens with
 |---|---|---|
 | start > end (reversed) | `reversed_windows`: drop (default), swap or keep | kept: such a query always scores 0 |
 | start = end, or wholly beyond the end | dropped | kept as it is |
-| ends after the video | cut at the end if `clip_windows`, else kept | the same |
+| ends after the video | `late_windows`: clip (default: cut at the end), drop or keep | cut, or with keep kept |
 | empty query | dropped | kept |
 | exact duplicate row | kept, as in the literature | kept |
 | outer or double whitespace, final full stop | normalised, as prompts need | the same |
@@ -29,6 +29,7 @@ from tartvg.spans import clip
 from tartvg.types import GroundingSample, Span
 
 ReversedWindows = Literal["drop", "swap", "keep"]
+LateWindows = Literal["clip", "drop", "keep"]
 ROUNDING = 1e-6
 """Seconds by which a window may end after its video without being counted: 245 windows of ActivityNet-Captions end
 1e-14 s late."""
@@ -42,8 +43,9 @@ class ReadOptions:
     """`train`, `val` or `test`: what the file is, which decides whether its rows may be dropped."""
     videos: Path | None = None
     """Folder of the video files; None leaves the paths relative and looks at no file."""
-    clip_windows: bool = True
-    """Cut windows to [0, duration]. Raw windows are what works compare that do not clip."""
+    late_windows: LateWindows = "clip"
+    """Policy for windows that end after their video: cut at its end, leave out of a training file (and cut in others),
+    or keep as annotated, as works do that do not cut."""
     reversed_windows: ReversedWindows = "drop"
     """Policy for start > end in a training file."""
 
@@ -164,10 +166,11 @@ def _windows(row: Row, options: ReadOptions) -> tuple[tuple[Span, ...], int, int
                 window, swapped, is_reversed = Span(window.end, window.start), swapped + 1, False
         if not is_reversed:
             inside = clip(window, row.duration)
-            if is_training and inside.length == 0:
+            is_late = window.end > row.duration + ROUNDING
+            if is_training and (inside.length == 0 or (is_late and options.late_windows == "drop")):
                 continue
             # A cut that leaves nothing would only hide what is wrong with a test row.
-            if options.clip_windows and inside.length > 0:
+            if options.late_windows != "keep" and inside.length > 0:
                 clipped += max(inside.start - window.start, window.end - inside.end) > ROUNDING
                 window = inside
         kept.append(window)

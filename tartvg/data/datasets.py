@@ -15,7 +15,7 @@ from typing import cast
 
 from tartvg.config import DatasetConfig, DatasetName
 from tartvg.data import activitynet, charades_sta, jsonl, qvhighlights, tacos, tvgbench
-from tartvg.data.annotations import Annotations, ReadOptions, ReversedWindows
+from tartvg.data.annotations import Annotations, LateWindows, ReadOptions, ReversedWindows
 from tartvg.data.splits import carve
 from tartvg.types import GroundingSample
 
@@ -99,8 +99,8 @@ def load_annotations(settings: DatasetConfig, split: str) -> Annotations:
     options = ReadOptions(
         split="train" if is_carved else split,
         videos=Path(settings.videos) if settings.videos else root / "videos",
-        clip_windows=settings.clip_windows,
-        reversed_windows=cast(ReversedWindows, settings.reversed_windows),  # checked by DatasetConfig
+        late_windows=cast(LateWindows, settings.late_windows),  # both checked by DatasetConfig
+        reversed_windows=cast(ReversedWindows, settings.reversed_windows),
     )
     annotations = source.read(paths, options)
     _LOG.info("%s: %s", paths[0], annotations.quirks.summary())
@@ -109,7 +109,9 @@ def load_annotations(settings: DatasetConfig, split: str) -> Annotations:
     return replace(annotations, samples=tuple(carve(annotations.samples, split))) if is_carved else annotations
 
 
-def read_files(name: DatasetName, paths: Sequence[Path], split: str, *, clip_windows: bool = True) -> Annotations:
+def read_files(
+    name: DatasetName, paths: Sequence[Path], split: str, *, late_windows: LateWindows = "clip"
+) -> Annotations:
     """Annotation files given by hand, for the stand-alone scorer: video paths are relative and no video is needed.
 
     Training files under the names of `SOURCES` are split as `load_annotations` splits them. Under another name a file
@@ -118,7 +120,7 @@ def read_files(name: DatasetName, paths: Sequence[Path], split: str, *, clip_win
     source = SOURCES[name]
     is_training = any({path.name for path in paths} == set(names) for names in source.train)
     is_carved = is_training and _is_carved(source, paths[0].parent, split)
-    options = ReadOptions("train" if is_carved else split, clip_windows=clip_windows)
+    options = ReadOptions("train" if is_carved else split, late_windows=late_windows)
     annotations = source.read(paths, options)
     return replace(annotations, samples=tuple(carve(annotations.samples, split))) if is_carved else annotations
 

@@ -19,8 +19,9 @@ from typing import Any
 from tartvg.config import DatasetName
 from tartvg.data.annotations import Annotations
 from tartvg.data.datasets import SPLITS, read_files
-from tartvg.evaluation.detection import LENGTHS, DetectionScores, mean_average_precision, of_length
+from tartvg.evaluation.detection import DetectionScores, mean_average_precision
 from tartvg.evaluation.formats import Predictions, read_predictions
+from tartvg.evaluation.lengths import LengthScores, scores_by_length
 from tartvg.evaluation.score import ALL_THRESHOLDS, RULES, Rule, paired_p_value, score
 from tartvg.records import dumps, write_atomic
 from tartvg.types import Estimate, GroundingSample, Prediction, Scorecard
@@ -49,16 +50,6 @@ class Options:
                 raise ValueError(f"--{name} must be >= 0, got {getattr(self, name)}")
         if self.json is not None:
             _check_place(self.json)
-
-
-@dataclass(frozen=True)
-class LengthScores:
-    """Scores over the queries with windows of one length."""
-
-    num_queries: int
-    miou: float
-    recall: dict[float, float]
-    detection: DetectionScores
 
 
 @dataclass(frozen=True)
@@ -165,7 +156,9 @@ def _check_place(path: Path) -> None:
 
 def evaluate(options: Options) -> Report:
     """Read and score. Raises ValueError naming what cannot be used."""
-    annotations = read_files(options.dataset, options.annotations, options.split, clip_windows=options.is_clipped)
+    annotations = read_files(
+        options.dataset, options.annotations, options.split, late_windows="clip" if options.is_clipped else "keep"
+    )
     read = [read_predictions(path, annotations.samples) for path in options.predictions]
     samples = _denominator(annotations, read, options.is_only_predicted)
     ids = {s.sample_id for s in samples}
@@ -219,16 +212,7 @@ def _score_file(
     if options.dataset is DatasetName.qvhighlights:
         ranking = predictions.ranking()
         detection = mean_average_precision(samples, ranking)
-        by_length = {}
-        for name in LENGTHS:
-            part = of_length(samples, name)
-            if not part:
-                continue
-            part_ids = {s.sample_id for s in part}
-            own = [p for p in items if p.sample_id in part_ids]
-            scored = score(part, own, ALL_THRESHOLDS, rule, strict, resamples=0)
-            recall = {t: e.value for t, e in scored.recall.items()}
-            by_length[name] = LengthScores(len(part), scored.miou.value, recall, mean_average_precision(part, ranking))
+        by_length = scores_by_length(samples, items, ranking, rule, strict)
     return FileScores(str(path), _sha256(path), predictions.format, card, detection, by_length)
 
 

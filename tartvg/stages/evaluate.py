@@ -17,7 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tartvg.config import Config, DatasetName, SamplingConfig, SettingError
 from tartvg.config.method import target_label
 from tartvg.data.packets import VideoError
-from tartvg.evaluation.score import Conventions, score, scorecard_to_json
+from tartvg.evaluation.detection import mean_average_precision, ranked_answers
+from tartvg.evaluation.lengths import scores_by_length
+from tartvg.evaluation.score import ALL_THRESHOLDS, Conventions, score, scorecard_to_json
 from tartvg.evaluation.submission import submission
 from tartvg.policy.policy import Policy, PreparedPrompt, stream_seed
 from tartvg.policy.sampling import greedy
@@ -145,11 +147,22 @@ def _score(config: Config, label: str, prompts: Sequence[Prompt], folder: Path, 
         what = f"dataset={config.dataset.name.value}, split {config.evaluate.split}"
         print(f"{folder}: nothing was scored, because {what}, has no labels; {written} was written")
         return
-    conventions = Conventions(is_clipped=config.dataset.clip_windows)
+    conventions = Conventions(is_clipped=config.dataset.late_windows != "keep")
     rule, strict = conventions.rule, conventions.is_strict
-    card = score(samples, predictions, rule=rule, strict=strict, max_anchors=config.anchors.max, seed=config.seed)
-    write_atomic(folder / "scores.json", json.dumps(scorecard_to_json(card, conventions), indent=1) + "\n")
-    _track(config, folder, label, card, predictions, adapter)
+    card = score(
+        samples, predictions, ALL_THRESHOLDS, rule, strict, max_anchors=config.anchors.max, seed=config.seed
+    )  # fmt: skip
+    found = scorecard_to_json(card, conventions)
+    metrics = scores_as_metrics(card, config.dataset.name.value)
+    if config.dataset.name is DatasetName.qvhighlights:
+        ranking = ranked_answers(predictions)
+        detection = mean_average_precision(samples, ranking)
+        by_length = scores_by_length(samples, predictions, ranking, rule, strict)
+        found |= {"detection": to_json(detection), "by_length": to_json(by_length)}
+        shown = {"map": detection.average, "map@0.5": detection.at[0.5], "map@0.75": detection.at[0.75]}
+        metrics |= {f"eval/{config.dataset.name.value}/{name}": value for name, value in shown.items()}
+    write_atomic(folder / "scores.json", json.dumps(found, indent=1) + "\n")
+    _track(config, folder, label, metrics, predictions, adapter)
 
 
 def _predict_batch(policy: Policy, prompts: Sequence[Prompt], config: Config) -> list[Prediction]:
@@ -215,12 +228,16 @@ def scores_as_metrics(card: Scorecard, dataset: str) -> dict[str, float]:
 
 
 def _track(
-    config: Config, folder: Path, label: str, card: Scorecard, predictions: Sequence[Prediction], adapter: Path | None
+    config: Config,
+    folder: Path,
+    label: str,
+    metrics: dict[str, float],
+    predictions: Sequence[Prediction],
+    adapter: Path | None,
 ) -> None:
     with Tracker(folder, config.tracking, config.name, f"evaluate-{label}", to_json(config), config.seed) as tracker:
         if adapter is not None:
             tracker.uses(f"{label}-adapter", "adapter", adapter)
-        metrics = scores_as_metrics(card, config.dataset.name.value)
         tracker.log(metrics, 0)
         tracker.answers(predictions, config.dataset.name.value)
         tracker.summary(metrics)
