@@ -47,6 +47,7 @@ from tartvg.config.method import (
     PretrainConfig,
     RewardConfig,
     SamplingConfig,
+    SelectionConfig,
     SftConfig,
 )
 from tartvg.config.monitors import ControlName, ControlsConfig, MonitorName, MonitorsConfig
@@ -80,6 +81,7 @@ __all__ = [
     "ReportConfig",
     "RewardConfig",
     "SamplingConfig",
+    "SelectionConfig",
     "SettingError",
     "SftConfig",
     "StageConfig",
@@ -147,6 +149,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -14,6 +14,7 @@ from tartvg.config.choices import (
     KlEstimator,
     LrDecay,
     PromptStyle,
+    SettingError,
     require,
 )
 
@@ -234,6 +235,31 @@ class PretrainConfig:
             require(getattr(self, name) >= 1, f"pretrain.{name}", ">= 1", getattr(self, name))
         require(self.lr > 0, "pretrain.lr", "> 0", self.lr)
         require(self.habit_lr > 0, "pretrain.habit_lr", "> 0", self.habit_lr)
+
+
+@dataclass
+class SelectionConfig:
+    """Watching a training on queries that it does not train on, and choosing among its states."""
+
+    every: int = 0
+    """Steps between two measurements, of greedy answers; 0: none. The last step is measured, too."""
+    split: str = "val"
+    num_queries: int | None = 64
+    """The first so many of the split; null: all."""
+    keep: str = "last"
+    """Which weights are the stage's result: `last`, or `best`, those with the highest mIoU of all measurements."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "selection.every", ">= 0", self.every)
+        if self.split == "test":
+            raise SettingError(
+                "selection.split=test: a policy chosen by its test scores has none left that say anything; use val"
+            )
+        require(self.split == "val", "selection.split", "val", self.split)
+        require(self.num_queries is None or self.num_queries >= 1, "selection.num_queries", "null or >= 1",
+                self.num_queries)  # fmt: skip
+        require(self.keep in ("last", "best"), "selection.keep", "last or best", self.keep)
+        require(self.every > 0 or self.keep == "last", "selection.keep", "last without selection.every", self.keep)
 
 
 def target_label(target: str) -> str:

@@ -50,6 +50,7 @@ PANELS = (
     PanelSpec("rollout/truncated_rate", "Outputs cut off by the length limit", ("grpo1", "grpo2"), is_share=True),
     PanelSpec("loss/total", "GRPO loss", ("grpo1", "grpo2")),
     PanelSpec("loss/total", "SFT loss", ("sft",)),
+    PanelSpec("eval/val/miou", "Validation mIoU", ("grpo1", "sft", "grpo2"), is_share=True),
     PanelSpec("optim/grad_norm", "Gradient norm, before clipping", ("grpo1", "sft", "grpo2")),
 )
 

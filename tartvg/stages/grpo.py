@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from tartvg.config import Config, FilterConfig, GrpoConfig, require
-from tartvg.policy.loading import save_adapter
 from tartvg.records import to_json
 from tartvg.rewards import Rubric
+from tartvg.stages.choice import choose_among, selection_key
 from tartvg.stages.common import adapter_of, base_identity, clip_reader, keep_before, load_policy, prompts_of, set_up
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.stages.memory import refuse_what_cannot_fit
@@ -40,6 +40,7 @@ def run_grpo(config: Config, stage: str) -> None:
         "reward": config.reward, "grpo": own_settings(config.grpo), "max_steps": max_steps, "seed": config.seed,
         "base": base_identity(config),
         "adapter": None if start is None else fingerprint(start), "threads": config.trainer.num_threads,
+        **selection_key(config),
     }  # fmt: skip
     place = StageFolder(run_dir(config) / stage, config, key)
     with place.work() as is_needed:
@@ -62,6 +63,7 @@ def _train(config: Config, stage: str, folder: Path, start: Path | None, max_ste
     is_leader = ranks.is_leader()
     tracker = Tracker(folder, config.tracking, config.name, stage, to_json(config), config.seed, is_active=is_leader)
     module = GrpoModule(policy, rubric, config.grpo, config.anchors, run, tracker)
+    choose_among(module, config)
     tracker.resume_at(module.start_step)
     if is_leader:
         keep_before(folder / "rollouts.jsonl", module.start_step)
@@ -78,7 +80,6 @@ def _train(config: Config, stage: str, folder: Path, start: Path | None, max_ste
         if len(steps):
             trainer = make_trainer(config.trainer, folder, config.grpo.max_grad_norm)
             trainer.fit(module, step_loader(steps, config.trainer.num_workers))
-        if is_leader:
-            save_adapter(policy.model, folder / "adapter", config.policy.path, module.trained)
+        module.save_result(is_trained=len(steps) > 0)
         tracker.artifact(f"{stage}-adapter", "adapter", folder / "adapter")
         tracker.artifact(f"{stage}-rollouts", "rollouts", folder / "rollouts.jsonl")

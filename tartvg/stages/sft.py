@@ -7,8 +7,8 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from tartvg.config import Config, SettingError
-from tartvg.policy.loading import save_adapter
 from tartvg.records import read_jsonl, to_json, trace_from_json
+from tartvg.stages.choice import choose_among, selection_key
 from tartvg.stages.common import base_identity, keep_before, load_policy, prompts_of, set_up
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.tracking import Tracker
@@ -28,7 +28,7 @@ def run_sft(config: Config) -> None:
     key = {
         "policy": config.policy, "dataset": config.dataset, "prompt": config.anchors.prompt,
         "target": config.anchors.target, "sft": config.sft, "seed": config.seed, "traces": fingerprint(source),
-        "base": base_identity(config), "threads": config.trainer.num_threads,
+        "base": base_identity(config), "threads": config.trainer.num_threads, **selection_key(config),
     }  # fmt: skip
     place = StageFolder(run_dir(config) / "sft", config, key)
     with place.work() as is_needed:
@@ -46,6 +46,7 @@ def _train(config: Config, folder: Path, source: Path) -> None:
     is_leader = ranks.is_leader()
     tracker = Tracker(folder, config.tracking, config.name, "sft", to_json(config), config.seed, is_active=is_leader)
     module = SftModule(policy, config.sft, run, tracker)
+    choose_among(module, config)
     tracker.resume_at(module.start_step)
     if is_leader:
         keep_before(folder / FAULTS, module.start_step)
@@ -56,6 +57,5 @@ def _train(config: Config, folder: Path, source: Path) -> None:
         if len(steps):
             loader = DataLoader(steps, batch_size=1, shuffle=False, collate_fn=first)
             make_trainer(config.trainer, folder, config.sft.max_grad_norm).fit(module, loader)
-        if is_leader:
-            save_adapter(policy.model, folder / "adapter", config.policy.path, module.trained)
+        module.save_result(is_trained=len(steps) > 0)
         tracker.artifact("sft-adapter", "adapter", folder / "adapter")

@@ -13,6 +13,7 @@ HIGHER_IS_BETTER = (
     "anchors/target_rate",
     "anchors/refinement_rate",
     "anchors/answer_match_rate",
+    "eval/val/miou",
 )
 LOWER_IS_BETTER = ("loss/total",)
 """Of supervised training only: the loss of GRPO is zero on average and says nothing."""

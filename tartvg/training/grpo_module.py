@@ -83,9 +83,11 @@ class GrpoModule(StepModule):
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
         """Everything without gradient: rollouts, rewards, reference. Not in the step, see `Engine.whole`."""
+        asked = self.ask_at(batch.step)
         self.begin_step(batch.step)
         with self.engine.whole():
             self.experience = self.explore(batch)
+        self.experience.metrics.update(asked)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One step of Algorithm 1: what was drawn is learned from, recorded and measured."""

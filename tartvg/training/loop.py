@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from tartvg.config import GrpoConfig, LrDecay, MonitorsConfig, SftConfig, StageStopped, Strategy, TrainerConfig
 from tartvg.config.preemption import PREEMPTION, Preempted
 from tartvg.monitors import Watch
+from tartvg.policy.loading import save_adapter
 from tartvg.policy.policy import Policy, TokenBatch, stream_seed
 from tartvg.records import dumps, flush_to_disk
 from tartvg.tracking import Tracker
@@ -26,6 +28,7 @@ from tartvg.training import ranks
 from tartvg.training.checkpoint import KEPT, adapter_weights, latest_checkpoint, restore_adapter, save_checkpoint
 from tartvg.training.engines import ENGINES
 from tartvg.training.faults import Faults, finite
+from tartvg.training.selection import Selection
 from tartvg.training.strategies import make_strategy
 
 HEADLINES = {"reward": "reward/total_mean", "valid": "anchors/valid_rate", "loss": "loss/total"}
@@ -81,6 +84,9 @@ class StepModule(pl.LightningModule):
         self.engine = ENGINES[run.strategy](self, self._named())
         self.trained: dict[str, Tensor] | None = None
         """The adapter's weights at the end of training, complete on every process."""
+        self.selection: Selection | None = None
+        self.base = ""
+        """The base that a saved adapter names as its own."""
         self._resumed: dict[str, Any] | None = None
         self.start_step = 0
         self.headline: dict[str, float] = {}
@@ -125,7 +131,39 @@ class StepModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """The strategy gives up its parts after this."""
+        self.ask_at(self.run.max_steps)
         self.trained = self.engine.weights()
+
+    def ask_at(self, step: int, is_split: bool = True) -> dict[str, float]:
+        """What the policy answers after so many steps, where that is due; its metrics. Not inside `training_step`.
+
+        `is_split`: the strategy holds the weights, as it does between the beginning and the end of the training.
+        """
+        selection = self.selection
+        if selection is None or not selection.is_due(step):
+            return {}
+        if step not in selection.rows:
+            with self.engine.whole() if is_split else nullcontext():
+                row = selection.ask(self.policy, step)
+            weights = self.engine.weights() if is_split else None
+            selection.keep(row, lambda folder: save_adapter(self.policy.model, folder, self.base, weights))
+        metrics = selection.known(step)
+        if step == self.run.max_steps:  # no step follows that would log them
+            self.tracker.log(metrics, step)
+        return metrics
+
+    def save_result(self, is_trained: bool) -> None:
+        """Write the adapter that is the stage's result; `is_trained` is false where no step was left to do."""
+        if not is_trained:
+            self.ask_at(self.run.max_steps, is_split=False)
+        if not ranks.is_leader():
+            return
+        folder = self.run.folder / "adapter"
+        chosen = self.selection.chosen() if self.selection is not None else None
+        if chosen is None:
+            save_adapter(self.policy.model, folder, self.base, self.trained)
+        else:
+            shutil.copytree(chosen, folder, dirs_exist_ok=True)
 
     def _raw_optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizers()
