@@ -166,6 +166,50 @@ def test_a_bf16_base_stays_bf16(strategy, settings, tmp_path, monkeypatch):
     assert {(tmp_path / rank).read_text() for rank in "01"} == {"adapter torch.float32, base torch.bfloat16"}
 
 
+CRAMPED = """
+import os, runpy, sys
+import torch
+from tartvg.policy.policy import Policy
+
+def cramped(work, limit, rows_of):
+    def attempt(self, *args, **kwargs):
+        if os.environ["RANK"] == "1" and rows_of(*args) > limit:
+            torch.empty(1 << 50, dtype=torch.uint8)  # the system really refuses it
+        return work(self, *args, **kwargs)
+    return attempt
+
+limit = int(os.environ["LIMIT"])
+Policy.sample = cramped(Policy.sample, 1, lambda prompts, *_: len(prompts))
+Policy.logps = cramped(Policy.logps, limit, lambda prepared, tokens, *_: len(tokens.ids) if prepared.prompt.text else 0)
+runpy.run_path("run.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("strategy", "limit"), [("ddp", 2), ("ddp", 0), ("zero3", 4)])
+def test_memory_that_one_process_lacks(strategy, limit, settings, alone, run_command, tmp_path, monkeypatch):
+    """It samples its prompts one by one, and under DDP learns in parts, or leaves out what does not fit."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("LIMIT", str(limit))
+    script = tmp_path / "cramped.py"
+    script.write_text(CRAMPED)
+    more = ["grpo.prompts_at_once=2", "stage=grpo1", "grpo.kl_coef=0", f"runs_dir={tmp_path}", "name=r",
+            "monitors.kl_every=0"]  # fmt: skip
+    assert run_processes(2, [sys.executable, str(script), *trainer(strategy, settings), *more]) == 0
+    run = tmp_path / "r"
+    faults = rows(run / "grpo1/faults.jsonl")
+    told = [(row["step"], row["action"]) for row in faults]
+    assert {row["kind"] for row in faults} == {"out_of_memory"}
+    for step in range(5):
+        assert (step, "sampled in two halves") in told
+        assert ((step, "tried in 2 parts") in told) == (limit < 4)
+        assert ((step, "left out") in told) == (limit == 0)
+    assert said(run / "grpo1/rollouts.jsonl")[0] == said(alone / "grpo1/rollouts.jsonl")[0]
+    run_command(*settings, *more[:-2], f"runs_dir={tmp_path}", "name=one", "monitors.kl_every=0")
+    if limit:
+        assert said(run / "grpo1/rollouts.jsonl") == said(tmp_path / "one/grpo1/rollouts.jsonl")
+        assert_same_training(strategy, tmp_path / "one", run)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_step_that_is_not_finite_is_skipped_by_all(strategy, settings, run_command, tmp_path):
     """A coefficient that is infinite in fp32 makes every loss NaN."""

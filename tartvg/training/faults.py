@@ -5,13 +5,15 @@ Every fault is a line of `<stage>/faults.jsonl`; what a non-finite step was made
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tartvg.config import SettingError
-from tartvg.records import append_jsonl, write_jsonl
+from tartvg.records import append_jsonl, dumps, write_jsonl
+from tartvg.training import ranks
 
 FAULTS = "faults.jsonl"
 
@@ -36,6 +38,8 @@ class Faults:
         self.max_skipped = max_skipped
         self.in_row = in_row
         self.is_active = is_active
+        self.own: list[str] = []
+        """What an inactive process has to tell."""
 
     def record(self, step: int, kind: str, **what: Any) -> None:
         """One line, in the file and on the screen."""
@@ -44,6 +48,21 @@ class Faults:
         append_jsonl(self.folder / FAULTS, [{"step": step, "kind": kind, **finite(what)}])
         said = ", ".join(f"{name} {value}" for name, value in what.items())
         print(f"step {step}: {kind.replace('_', ' ')}: {said}", flush=True)
+
+    def record_own(self, step: int, kind: str, **what: Any) -> None:
+        """`record` for what happened to this process alone: it waits for `share` where this is not the active one."""
+        if self.is_active:
+            self.record(step, kind, **what)
+        else:
+            self.own.append(dumps({"step": step, "kind": kind, **finite(what)}))
+
+    def share(self) -> None:
+        """Record what happened to the other processes. All of them call it."""
+        if ranks.world_size() == 1:
+            return
+        for line in ranks.gather(self.own):
+            self.record(**json.loads(line))
+        self.own.clear()
 
     def passed(self) -> None:
         """A step whose loss and gradient were finite."""

@@ -1,6 +1,7 @@
 """Work on the rows of a group that does not fit into memory: in smaller and smaller parts, and without it in the end.
 
-Only a process that trains alone does this: several would wait for each other at different places.
+It needs work that no other process waits for: all of a process that trains alone, and of several together sampling, the
+reference, and under DDP the update up to the exchange of gradients.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from tartvg.tracking import Tracker
 from tartvg.training import ranks
 from tartvg.training.fitting import WHOLE, LossOfRows, NothingFits, fit_rows, fit_update, is_out_of_memory, merge_parts
 from tartvg.training.loop import StageRun, StepModule
-from tartvg.training.measures import Row, control_rows, drift_rows, is_due, measured
+from tartvg.training.measures import Row, control_rows, drift_rows, is_due, measured, rows_of, sampler_gap
 from tartvg.training.plan import StepBatch
 from tartvg.types import Completion, Prompt, Rollout, RolloutGroup
 
@@ -228,7 +228,7 @@ class GrpoModule(StepModule):
                 raise
         half = len(found) // 2
         action = "sampled in two halves" if half else "left out"
-        self.faults.record(step, "out_of_memory", samples=ids, action=action, phase="sample")
+        self.faults.record_own(step, "out_of_memory", samples=ids, action=action, phase="sample")
         if not half:
             return []
         return [*self.sample_fitting(found[:half], step), *self.sample_fitting(found[half:], step)]
@@ -270,19 +270,22 @@ class GrpoModule(StepModule):
         return self.policy.logps(prepared, rows_of(tokens, part), temperature, num_chunks)
 
     def is_survivable(self, error: BaseException) -> bool:
-        """Whether memory ran out at a place from which this process, alone, can try again."""
-        is_alone = self.run.strategy is Strategy.single
-        return is_out_of_memory(error) and is_alone and not PREEMPTION.is_held
+        """Whether memory ran out before the optimiser's step, from which there is no second try.
+
+        A process that trains alone holds signals from there on; processes that leave together always do, and what they
+        try again ends before the step.
+        """
+        return is_out_of_memory(error) and (self.leaves_together or not PREEMPTION.is_held)
 
     def fitting_update(
         self, losses: Sequence[LossOfRows], works: Sequence[GroupWork], parts: Sequence[Parts], step: int,
         num_chunks: int = 0,
     ) -> float:  # fmt: skip
-        """`update`, in smaller parts where memory asks for it; every such retreat is recorded. In one process only.
+        """`update`, in smaller parts where memory asks for it; every such retreat is recorded. Not under ZeRO.
 
-        Raises NothingFits.
+        ZeRO exchanges gradients and weights at every pass. Raises NothingFits, on every process or on none.
         """
-        if self.run.strategy is not Strategy.single:
+        if self.run.strategy not in (Strategy.single, Strategy.ddp):
             return self.update([partial(loss, WHOLE) for loss in losses], num_chunks)
 
         def begin() -> None:
@@ -292,10 +295,31 @@ class GrpoModule(StepModule):
         def note(group: int, num_parts: int, error: str) -> None:
             action = f"tried in {num_parts} parts" if num_parts else "left out"
             sample = works[group].group.prompt.sample.sample_id
-            self.faults.record(step, "out_of_memory", samples=[sample], action=action, error=error.splitlines()[0])
+            self.faults.record_own(step, "out_of_memory", samples=[sample], action=action, error=error.splitlines()[0])
 
         rows = [len(work.group.rollouts) for work in works]
-        return fit_update(self.update, losses, rows, self.is_survivable, begin, note)
+        if self.run.strategy is Strategy.single:
+            return fit_update(self.update, losses, rows, self.is_survivable, begin, note)
+
+        def at_home() -> Tensor:
+            try:
+                fit_update(self.accumulate, losses, rows, self.is_survivable, begin, note)
+            except NothingFits:
+                begin()
+                self.accumulate([])
+            if not ranks.total(sum(map(len, parts)))[0]:
+                raise NothingFits
+            return self.policy.idle(num_chunks)
+
+        # All gradients are there before they are exchanged, by a pass too small to fail.
+        return self.update([at_home, partial(self.policy.idle, num_chunks)], num_chunks)
+
+    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> float:
+        """The gradients of these losses and no others, on this process, as large as an average needs to be a sum."""
+        self._raw_optimizer().zero_grad()
+        for loss in losses:
+            self.manual_backward(loss() * ranks.world_size())
+        return 0.0
 
     def group_loss(
         self, work: GroupWork, advantages_G: Tensor, parts: Parts, part: slice, *, num_groups: int,
@@ -336,7 +360,7 @@ class GrpoModule(StepModule):
             if known:
                 rows += drift_rows(tokens, known)
             if is_due(due.control_every, step):
-                rows += control_rows(self.policy, prepared, self.settings.sampling)
+                rows += control_rows(self.policy, prepared, self.settings.sampling, self.is_survivable)
         return rows
 
     def suspects(
@@ -364,17 +388,6 @@ class GrpoModule(StepModule):
 
 UNKNOWN_LOGP = -1e9
 """Stands for a log-probability that is not finite."""
-
-
-def sampler_gap(tokens: TokenBatch, logps_GT: Tensor) -> Tensor:
-    """Mean distance, in nats, of the log-probabilities recorded while sampling from those that training computes."""
-    gap_GT = torch.where(tokens.mask, (tokens.logps - logps_GT).abs(), 0.0)
-    return gap_GT.sum() / tokens.mask.sum().clamp(min=1)
-
-
-def rows_of(tokens: TokenBatch, part: slice) -> TokenBatch:
-    """Some completions of a group."""
-    return tokens if part == WHOLE else TokenBatch(tokens.ids[part], tokens.mask[part], tokens.logps[part])
 
 
 def light(group: RolloutGroup) -> RolloutGroup:

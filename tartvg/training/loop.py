@@ -223,6 +223,7 @@ class StepModule(pl.LightningModule):
 
     def end_step(self, step: int, metrics: dict[str, float]) -> None:
         """Log, and save where a checkpoint is due or the process was asked to leave. Raises Preempted."""
+        self.faults.share()
         times = self.policy.timer.flush()
         metrics |= dict(zip(times, ranks.largest(*times.values()), strict=True))
         metrics["optim/lr"] = self._raw_optimizer().param_groups[0]["lr"]

@@ -6,9 +6,10 @@ averaged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tartvg.config import SamplingConfig
@@ -18,6 +19,8 @@ from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
 from tartvg.policy.sampling import greedy
 from tartvg.records import response_from_json, to_json
 from tartvg.response import parse_response
+from tartvg.training.fitting import WHOLE, fit_rows
+from tartvg.types import Completion
 
 Row = dict[str, Any]
 
@@ -35,10 +38,30 @@ def drift_rows(tokens: Sequence[TokenBatch], references: Sequence[Tensor]) -> li
     ]
 
 
-def control_rows(policy: Policy, prepared: Sequence[PreparedPrompt], settings: SamplingConfig) -> list[Row]:
-    """Greedy answers to each prompt with its frames in order, and with its frames shuffled."""
+def sampler_gap(tokens: TokenBatch, logps_GT: Tensor) -> Tensor:
+    """Mean distance, in nats, of the log-probabilities recorded while sampling from those that training computes."""
+    gap_GT = torch.where(tokens.mask, (tokens.logps - logps_GT).abs(), 0.0)
+    return gap_GT.sum() / tokens.mask.sum().clamp(min=1)
+
+
+def rows_of(tokens: TokenBatch, part: slice) -> TokenBatch:
+    """Some completions of a group."""
+    return tokens if part == WHOLE else TokenBatch(tokens.ids[part], tokens.mask[part], tokens.logps[part])
+
+
+def control_rows(
+    policy: Policy,
+    prepared: Sequence[PreparedPrompt],
+    settings: SamplingConfig,
+    is_survivable: Callable[[BaseException], bool],
+) -> list[Row]:
+    """Greedy answers to each prompt with its frames in order, and with its frames shuffled; see `fit_rows`."""
     both = [*prepared, *map(shuffled, prepared)]
-    answers = policy.sample(both, 1, greedy(settings), [0] * len(both)) if both else []
+
+    def sample(part: slice) -> list[list[Completion]]:
+        return policy.sample(both[part], 1, greedy(settings), [0] * len(both[part]))
+
+    answers = [each for part in fit_rows(sample, len(both), is_survivable) for each in part] if both else []
     said = [to_json(parse_response(completion.text)) for (completion,) in answers]
     pairs = zip(said[: len(prepared)], said[len(prepared) :], strict=True)
     return [{"real": real, "control": control} for real, control in pairs]
