@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tartvg.config import Config, SettingError
 from tartvg.stages.common import keep_before, prompts_of
 from tartvg.training import ranks
-from tartvg.training.loop import StepModule
 from tartvg.training.selection import ROWS, Questions, Selection
 
 
@@ -15,24 +15,21 @@ def selection_key(config: Config) -> dict[str, Any]:
     """What a stage's result and its metrics depend on, where it is measured."""
     if not config.selection.every:
         return {}
-    return {
-        "selection": config.selection, "questions": config.anchors.prompt, "asked_at_once": config.evaluate.batch_size,
-        "max_new_tokens": config.grpo.sampling.max_new_tokens,
-    }  # fmt: skip
+    limit = config.grpo.sampling.max_new_tokens
+    return {"selection": config.selection, "asked_at_once": config.evaluate.batch_size, "max_new_tokens": limit}
 
 
-def choose_among(module: StepModule, config: Config) -> None:
-    """Give the module its validation questions. Raises SettingError where the data set has none with an answer."""
-    module.base = config.policy.path
+def selection_of(config: Config, folder: Path, max_steps: int) -> Selection | None:
+    """The measurements of the stage in `folder`. Raises SettingError where a validation query has no label."""
     settings = config.selection
     if not settings.every:
-        return
+        return None
     with ranks.leader_first():
         prompts = prompts_of(config, settings.split)[: settings.num_queries]
     if not all(p.sample.windows for p in prompts):
         what = f"dataset={config.dataset.name.value}, split {settings.split}"
         raise SettingError(f"selection.every: {what}, has queries without a label")
     if ranks.is_leader():
-        keep_before(module.run.folder / ROWS, module.run.max_steps + 1)
+        keep_before(folder / ROWS, max_steps + 1)
     questions = Questions(settings, prompts, config.grpo.sampling, config.evaluate.batch_size)
-    module.selection = Selection(questions, module.run.folder, module.run.max_steps)
+    return Selection(questions, folder, max_steps)

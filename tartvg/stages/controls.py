@@ -11,6 +11,7 @@ from pathlib import Path
 from tartvg.config import Config, ControlName, SamplingConfig
 from tartvg.config.method import target_label
 from tartvg.data.video import VideoError
+from tartvg.evaluation.answers import prediction
 from tartvg.evaluation.faithfulness import Pair, Said, compare
 from tartvg.evaluation.score import answer_iou
 from tartvg.policy.controls import shuffled
@@ -18,7 +19,6 @@ from tartvg.policy.policy import Policy, PreparedPrompt
 from tartvg.policy.sampling import greedy
 from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atomic, write_jsonl
 from tartvg.stages.common import adapter_of, load_policy, prompts_of
-from tartvg.stages.evaluate import prediction
 from tartvg.stages.folder import PATIENCE_S, StageFolder, fingerprint, run_dir
 from tartvg.tracking import Tracker
 from tartvg.types import Prediction, Prompt
@@ -99,8 +99,8 @@ def _ask(policy: Policy, prompts: Sequence[Prompt], kind: ControlName, config: C
         seconds = (time.perf_counter() - start_s) / max(1, len(asked))
         # recorded under the query's own sample and truth
         found += [
-            prediction(replace(wrong, prompt=prompt), completion, 0, seconds)
-            for (prompt, wrong), (completion,) in zip(asked, completions, strict=True)
+            prediction(prompt.sample, completion, 0, seconds)
+            for (prompt, _), (completion,) in zip(asked, completions, strict=True)
         ]
     return found
 

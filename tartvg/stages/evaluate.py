@@ -16,22 +16,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tartvg.config import Config, DatasetName, SamplingConfig, SettingError
 from tartvg.config.method import target_label
-from tartvg.data.packets import VideoError
+from tartvg.evaluation.answers import prediction
 from tartvg.evaluation.detection import mean_average_precision, ranked_answers
 from tartvg.evaluation.lengths import scores_by_length
 from tartvg.evaluation.score import ALL_THRESHOLDS, Conventions, score, scorecard_to_json
 from tartvg.evaluation.submission import submission
-from tartvg.policy.policy import Policy, PreparedPrompt, stream_seed
+from tartvg.policy.policy import Policy, stream_seed
 from tartvg.policy.sampling import greedy
 from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atomic, write_jsonl
-from tartvg.response import parse_response
 from tartvg.stages.common import adapter_of, base_identity, load_policy, prompts_of, set_up
 from tartvg.stages.folder import PATIENCE_S, StageFolder, fingerprint, run_dir
 from tartvg.stages.quiet import quiet_libraries
 from tartvg.stages.shards import are_complete, batch_files, helpers, is_orphan, missing_of
 from tartvg.stages.shared import data_identity
 from tartvg.tracking import Tracker
-from tartvg.types import Completion, Prediction, Prompt, Scorecard
+from tartvg.training.measures import decodable
+from tartvg.types import Prediction, Prompt, Scorecard
 
 BATCHES = "batches"
 """Folder beside predictions.jsonl while it is being made."""
@@ -166,12 +166,7 @@ def _score(config: Config, label: str, prompts: Sequence[Prompt], folder: Path, 
 
 
 def _predict_batch(policy: Policy, prompts: Sequence[Prompt], config: Config) -> list[Prediction]:
-    prepared = []
-    for prompt in prompts:
-        try:
-            prepared.append(policy.prepare(prompt))
-        except VideoError as error:
-            print(f"evaluate: {prompt.sample.sample_id} counts as missing: {error}")
+    prepared = decodable(policy, prompts, "evaluate")
     if not prepared:
         return []
     start = time.perf_counter()
@@ -183,30 +178,10 @@ def _predict_batch(policy: Policy, prompts: Sequence[Prompt], config: Config) ->
         answers = [[*a, *s] for a, s in zip(answers, sampled, strict=True)]
     seconds = (time.perf_counter() - start) / sum(map(len, answers))
     return [
-        prediction(item, completion, index, seconds)
+        prediction(item.prompt.sample, completion, index, seconds)
         for item, group in zip(prepared, answers, strict=True)
         for index, completion in enumerate(group)
     ]
-
-
-def prediction(prepared: PreparedPrompt, completion: Completion, index: int, seconds: float) -> Prediction:
-    """A completion, read, with everything that scoring and reading it needs."""
-    sample = prepared.prompt.sample
-    response = parse_response(completion.text)
-    return Prediction(
-        sample_id=sample.sample_id,
-        sample_index=index,
-        query=sample.query,
-        video=sample.video.as_posix(),
-        windows=sample.windows,
-        duration=sample.duration,
-        text=completion.text,
-        anchors=response.anchors,
-        answer=response.answer,
-        faults=tuple(f.value for f in response.faults),
-        is_finished=completion.is_finished,
-        seconds=round(seconds, 4),
-    )
 
 
 def scores_as_metrics(card: Scorecard, dataset: str) -> dict[str, float]:

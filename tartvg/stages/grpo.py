@@ -8,7 +8,7 @@ from pathlib import Path
 from tartvg.config import Config, FilterConfig, GrpoConfig, require
 from tartvg.records import to_json
 from tartvg.rewards import Rubric
-from tartvg.stages.choice import choose_among, selection_key
+from tartvg.stages.choice import selection_key, selection_of
 from tartvg.stages.common import adapter_of, base_identity, clip_reader, keep_before, load_policy, prompts_of, set_up
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.stages.memory import refuse_what_cannot_fit
@@ -63,7 +63,7 @@ def _train(config: Config, stage: str, folder: Path, start: Path | None, max_ste
     is_leader = ranks.is_leader()
     tracker = Tracker(folder, config.tracking, config.name, stage, to_json(config), config.seed, is_active=is_leader)
     module = GrpoModule(policy, rubric, config.grpo, config.anchors, run, tracker)
-    choose_among(module, config)
+    module.selection = selection_of(config, folder, max_steps)
     tracker.resume_at(module.start_step)
     if is_leader:
         keep_before(folder / "rollouts.jsonl", module.start_step)
@@ -80,6 +80,6 @@ def _train(config: Config, stage: str, folder: Path, start: Path | None, max_ste
         if len(steps):
             trainer = make_trainer(config.trainer, folder, config.grpo.max_grad_norm)
             trainer.fit(module, step_loader(steps, config.trainer.num_workers))
-        module.save_result(is_trained=len(steps) > 0)
+        module.save_result()
         tracker.artifact(f"{stage}-adapter", "adapter", folder / "adapter")
         tracker.artifact(f"{stage}-rollouts", "rollouts", folder / "rollouts.jsonl")

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from tartvg.config import Config, SettingError
 from tartvg.records import read_jsonl, to_json, trace_from_json
-from tartvg.stages.choice import choose_among, selection_key
+from tartvg.stages.choice import selection_key, selection_of
 from tartvg.stages.common import base_identity, keep_before, load_policy, prompts_of, set_up
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.tracking import Tracker
@@ -46,7 +46,7 @@ def _train(config: Config, folder: Path, source: Path) -> None:
     is_leader = ranks.is_leader()
     tracker = Tracker(folder, config.tracking, config.name, "sft", to_json(config), config.seed, is_active=is_leader)
     module = SftModule(policy, config.sft, run, tracker)
-    choose_among(module, config)
+    module.selection = selection_of(config, folder, max_steps)
     tracker.resume_at(module.start_step)
     if is_leader:
         keep_before(folder / FAULTS, module.start_step)
@@ -57,5 +57,5 @@ def _train(config: Config, folder: Path, source: Path) -> None:
         if len(steps):
             loader = DataLoader(steps, batch_size=1, shuffle=False, collate_fn=first)
             make_trainer(config.trainer, folder, config.sft.max_grad_norm).fit(module, loader)
-        module.save_result(is_trained=len(steps) > 0)
+        module.save_result()
         tracker.artifact("sft-adapter", "adapter", folder / "adapter")

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from tartvg.config import Aggregation, AnchorsConfig, GrpoConfig, Strategy
-from tartvg.config.preemption import PREEMPTION
 from tartvg.data.packets import VideoError
 from tartvg.grpo import LossInputs, LossSettings, group_advantages, grpo_loss, rollout_metrics
 from tartvg.grpo.aggregation import divisor
@@ -26,7 +25,7 @@ from tartvg.response import parse_response
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
 from tartvg.training import ranks
-from tartvg.training.fitting import WHOLE, LossOfRows, NothingFits, fit_rows, fit_update, is_out_of_memory, merge_parts
+from tartvg.training.fitting import WHOLE, LossOfRows, NothingFits, fit_rows, fit_update, merge_parts
 from tartvg.training.loop import StageRun, StepModule
 from tartvg.training.measures import Row, control_rows, drift_rows, is_due, measured, rows_of, sampler_gap
 from tartvg.training.plan import StepBatch
@@ -83,11 +82,9 @@ class GrpoModule(StepModule):
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
         """Everything without gradient: rollouts, rewards, reference. Not in the step, see `Engine.whole`."""
-        asked = self.ask_at(batch.step)
         self.begin_step(batch.step)
         with self.engine.whole():
             self.experience = self.explore(batch)
-        self.experience.metrics.update(asked)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One step of Algorithm 1: what was drawn is learned from, recorded and measured."""
@@ -268,14 +265,6 @@ class GrpoModule(StepModule):
     ) -> Tensor:
         """log-probabilities of some completions of a group."""
         return self.policy.logps(prepared, rows_of(tokens, part), temperature, num_chunks)
-
-    def is_survivable(self, error: BaseException) -> bool:
-        """Whether memory ran out before the optimiser's step, from which there is no second try.
-
-        A process that trains alone holds signals from there on; processes that leave together always do, and what they
-        try again ends before the step.
-        """
-        return is_out_of_memory(error) and (self.leaves_together or not PREEMPTION.is_held)
 
     def fitting_update(
         self, losses: Sequence[LossOfRows], works: Sequence[GroupWork], parts: Sequence[Parts], step: int,

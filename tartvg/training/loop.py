@@ -28,6 +28,7 @@ from tartvg.training import ranks
 from tartvg.training.checkpoint import KEPT, adapter_weights, latest_checkpoint, restore_adapter, save_checkpoint
 from tartvg.training.engines import ENGINES
 from tartvg.training.faults import Faults, finite
+from tartvg.training.fitting import is_out_of_memory
 from tartvg.training.selection import Selection
 from tartvg.training.strategies import make_strategy
 
@@ -85,8 +86,8 @@ class StepModule(pl.LightningModule):
         self.trained: dict[str, Tensor] | None = None
         """The adapter's weights at the end of training, complete on every process."""
         self.selection: Selection | None = None
-        self.base = ""
-        """The base that a saved adapter names as its own."""
+        self.asked: dict[str, float] = {}
+        """What `selection` found before this step."""
         self._resumed: dict[str, Any] | None = None
         self.start_step = 0
         self.headline: dict[str, float] = {}
@@ -134,43 +135,53 @@ class StepModule(pl.LightningModule):
         self.ask_at(self.run.max_steps)
         self.trained = self.engine.weights()
 
-    def ask_at(self, step: int, is_split: bool = True) -> dict[str, float]:
-        """What the policy answers after so many steps, where that is due; its metrics. Not inside `training_step`.
-
-        `is_split`: the strategy holds the weights, as it does between the beginning and the end of the training.
-        """
+    def ask_at(self, step: int) -> dict[str, float]:
+        """What the policy answers after so many steps, where that is due; its metrics. Not inside `training_step`."""
         selection = self.selection
         if selection is None or not selection.is_due(step):
             return {}
         if step not in selection.rows:
-            with self.engine.whole() if is_split else nullcontext():
-                row = selection.ask(self.policy, step)
-            weights = self.engine.weights() if is_split else None
-            selection.keep(row, lambda folder: save_adapter(self.policy.model, folder, self.base, weights))
+            is_held = self._finished_steps is not None  # by the strategy; not where no step was left to do
+            with self.engine.whole() if is_held else nullcontext():
+                row = selection.ask(self.policy, step, self.is_survivable)
+            weights = self.engine.weights() if is_held else None
+            selection.keep(row, lambda folder: self._save_adapter(folder, weights))
         metrics = selection.known(step)
         if step == self.run.max_steps:  # no step follows that would log them
             self.tracker.log(metrics, step)
         return metrics
 
-    def save_result(self, is_trained: bool) -> None:
-        """Write the adapter that is the stage's result; `is_trained` is false where no step was left to do."""
-        if not is_trained:
-            self.ask_at(self.run.max_steps, is_split=False)
+    def save_result(self) -> None:
+        """Write the adapter that is the stage's result, after the training or where no step of it was left to do."""
+        if self.trained is None:
+            self.ask_at(self.run.max_steps)
         if not ranks.is_leader():
             return
         folder = self.run.folder / "adapter"
         chosen = self.selection.chosen() if self.selection is not None else None
         if chosen is None:
-            save_adapter(self.policy.model, folder, self.base, self.trained)
+            self._save_adapter(folder, self.trained)
         else:
             shutil.copytree(chosen, folder, dirs_exist_ok=True)
+
+    def _save_adapter(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        save_adapter(self.policy.model, folder, self.policy.settings.path, weights)
+
+    def is_survivable(self, error: BaseException) -> bool:
+        """Whether memory ran out before the optimiser's step, from which there is no second try.
+
+        A process that trains alone holds signals from there on; processes that leave together always do, and what they
+        try again ends before the step.
+        """
+        return is_out_of_memory(error) and (self.leaves_together or not PREEMPTION.is_held)
 
     def _raw_optimizer(self) -> torch.optim.Optimizer:
         optimizer: Any = self.optimizers()
         return optimizer.optimizer
 
     def begin_step(self, step: int) -> None:
-        """Everything random in a step depends on seed, stage and step only."""
+        """Everything random in a step depends on seed, stage and step only. Not inside `training_step`."""
+        self.asked = self.ask_at(step)
         others = [f"process {ranks.rank()}"] if ranks.rank() else []  # dropout differs between processes
         torch.manual_seed(stream_seed(self.run.seed, self.run.stage, step, *others))
         for group in self._raw_optimizer().param_groups:
@@ -224,6 +235,7 @@ class StepModule(pl.LightningModule):
     def end_step(self, step: int, metrics: dict[str, float]) -> None:
         """Log, and save where a checkpoint is due or the process was asked to leave. Raises Preempted."""
         self.faults.share()
+        metrics |= self.asked
         times = self.policy.timer.flush()
         metrics |= dict(zip(times, ranks.largest(*times.values()), strict=True))
         metrics["optim/lr"] = self._raw_optimizer().param_groups[0]["lr"]

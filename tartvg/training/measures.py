@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tartvg.config import SamplingConfig
+from tartvg.data.packets import VideoError
 from tartvg.evaluation.faithfulness import Pair, Said, compare
 from tartvg.policy.controls import shuffled
 from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
@@ -20,7 +21,7 @@ from tartvg.policy.sampling import greedy
 from tartvg.records import response_from_json, to_json
 from tartvg.response import parse_response
 from tartvg.training.fitting import WHOLE, fit_rows
-from tartvg.types import Completion
+from tartvg.types import Completion, Prompt
 
 Row = dict[str, Any]
 
@@ -49,20 +50,42 @@ def rows_of(tokens: TokenBatch, part: slice) -> TokenBatch:
     return tokens if part == WHOLE else TokenBatch(tokens.ids[part], tokens.mask[part], tokens.logps[part])
 
 
+def decodable(policy: Policy, prompts: Sequence[Prompt], who: str) -> list[PreparedPrompt]:
+    """Prompts with their videos, for scores; one that cannot be decoded is left out, and `who` says so."""
+    prepared = []
+    for prompt in prompts:
+        try:
+            prepared.append(policy.prepare(prompt))
+        except VideoError as error:
+            print(f"{who}: {prompt.sample.sample_id} counts as missing: {error}")
+    return prepared
+
+
+def greedy_answers(
+    policy: Policy,
+    prepared: Sequence[PreparedPrompt],
+    settings: SamplingConfig,
+    is_survivable: Callable[[BaseException], bool],
+) -> list[Completion]:
+    """One completion of each prompt, all at once or in the fewest parts that fit into memory; see `fit_rows`."""
+    if not prepared:
+        return []
+
+    def sample(part: slice) -> list[list[Completion]]:
+        return policy.sample(prepared[part], 1, greedy(settings), [0] * len(prepared[part]))
+
+    return [completion for part in fit_rows(sample, len(prepared), is_survivable) for (completion,) in part]
+
+
 def control_rows(
     policy: Policy,
     prepared: Sequence[PreparedPrompt],
     settings: SamplingConfig,
     is_survivable: Callable[[BaseException], bool],
 ) -> list[Row]:
-    """Greedy answers to each prompt with its frames in order, and with its frames shuffled; see `fit_rows`."""
+    """Greedy answers to each prompt with its frames in order, and with its frames shuffled."""
     both = [*prepared, *map(shuffled, prepared)]
-
-    def sample(part: slice) -> list[list[Completion]]:
-        return policy.sample(both[part], 1, greedy(settings), [0] * len(both[part]))
-
-    answers = [each for part in fit_rows(sample, len(both), is_survivable) for each in part] if both else []
-    said = [to_json(parse_response(completion.text)) for (completion,) in answers]
+    said = [to_json(parse_response(c.text)) for c in greedy_answers(policy, both, settings, is_survivable)]
     pairs = zip(said[: len(prepared)], said[len(prepared) :], strict=True)
     return [{"real": real, "control": control} for real, control in pairs]
 

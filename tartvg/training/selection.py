@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from tartvg.config import SamplingConfig, SelectionConfig
-from tartvg.data.packets import VideoError
-from tartvg.evaluation.score import answer_iou
+from tartvg.evaluation.answers import prediction
+from tartvg.evaluation.score import score
 from tartvg.policy.policy import Policy
-from tartvg.policy.sampling import greedy
-from tartvg.records import append_jsonl, dumps, read_jsonl, write_atomic
-from tartvg.response import parse_response
+from tartvg.records import append_jsonl, dumps, prediction_from_json, read_jsonl, write_atomic
 from tartvg.training import ranks
-from tartvg.types import Prompt
+from tartvg.training.measures import decodable, greedy_answers
+from tartvg.types import Prediction, Prompt
 
 ROWS = "validation.jsonl"
 BEST = "best"
@@ -60,41 +59,23 @@ class Selection:
         row = self.rows[step]
         return {f"eval/val/{name}": float(row[name]) for name in ("miou", "num_unparsed", "num_missing")}
 
-    def ask(self, policy: Policy, step: int) -> dict[str, Any]:
-        """A new row; each process answers its share. The policy's weights must be whole."""
+    def ask(self, policy: Policy, step: int, is_survivable: Callable[[BaseException], bool]) -> dict[str, Any]:
+        """A new row; each process answers its share. The policy's weights must be whole.
+
+        `is_survivable`: see `fit_rows`.
+        """
         prompts, size = self.questions.prompts, self.questions.batch_size
-        own = range(ranks.rank(), len(prompts), ranks.world_size())
-        lines: list[str] = []
+        own = prompts[ranks.rank() :: ranks.world_size()]
+        answers: list[Prediction] = []
         with policy.timer.booked_as("monitor"):
             for start in range(0, len(own), size):
-                lines += self._answers(policy, own[start : start + size])
-        answers = sorted((json.loads(line) for line in ranks.gather(lines)), key=lambda answer: int(answer[0]))
-        return {
-            "step": step,
-            "miou": sum(value for _, value, _ in answers) / len(prompts),
-            "num_queries": len(prompts),
-            "num_unparsed": sum(not is_read for _, _, is_read in answers),
-            "num_missing": len(prompts) - len(answers),
-        }
-
-    def _answers(self, policy: Policy, places: Sequence[int]) -> list[str]:
-        prepared = []
-        for place in places:
-            prompt = self.questions.prompts[place]
-            try:
-                prepared.append((place, policy.prepare(prompt)))
-            except VideoError as error:
-                print(f"validation: {prompt.sample.sample_id} counts as missing: {error}")
-        if not prepared:
-            return []
-        limits = greedy(self.questions.limits)
-        groups = policy.sample([p for _, p in prepared], 1, limits, [0] * len(prepared))
-        lines = []
-        for (place, item), (completion,) in zip(prepared, groups, strict=True):
-            answer = parse_response(completion.text).answer
-            value = answer_iou(answer, item.prompt.sample.windows)
-            lines.append(json.dumps([place, value, answer is not None]))
-        return lines
+                prepared = decodable(policy, own[start : start + size], "validation")
+                said = greedy_answers(policy, prepared, self.questions.limits, is_survivable)
+                answers += [prediction(p.prompt.sample, c, 0) for p, c in zip(prepared, said, strict=True)]
+        everyone = [prediction_from_json(json.loads(line)) for line in ranks.gather(list(map(dumps, answers)))]
+        card = score([p.sample for p in prompts], everyone, resamples=0)
+        counts = {name: getattr(card, name) for name in ("num_queries", "num_unparsed", "num_missing")}
+        return {"step": step, "miou": card.miou.value, **counts}
 
     def keep(self, row: dict[str, Any], save: Callable[[Path], None]) -> None:
         """Record a row. `save` writes the adapter into a folder, where the row is the best so far.

@@ -78,7 +78,6 @@ class SftModule(StepModule):
 
     def on_train_batch_start(self, batch: TraceBatch, batch_idx: int) -> None:
         """The videos: not in the step, see `Engine.whole`."""
-        self.asked = self.ask_at(batch.step)
         self.begin_step(batch.step)
         with self.engine.whole():
             self.kept = self.prepare(batch)
@@ -87,7 +86,7 @@ class SftModule(StepModule):
         """Minimise -log p(trace | prompt)."""
         num_tokens = int(ranks.total(sum(int(tokens.mask.sum()) for _, _, tokens in self.kept))[0])
         if not num_tokens:
-            self.end_step(batch.step, self.asked | self.nothing_to_learn(batch.step, is_fault=True))
+            self.end_step(batch.step, self.nothing_to_learn(batch.step, is_fault=True))
             return
         chunks = self.even_chunks([tokens for _, _, tokens in self.kept])
         total: list[Tensor] = []
@@ -97,7 +96,7 @@ class SftModule(StepModule):
         with self.policy.timer("update"):
             norm = self.update(micro, chunks)
         loss = ranks.total(float(torch.stack(total).sum()) if total else 0.0)[0] / num_tokens
-        metrics = self.asked | {"loss/total": loss, "optim/grad_norm": norm}
+        metrics = {"loss/total": loss, "optim/grad_norm": norm}
         self.judge_update(batch.step, metrics, partial(self.suspects, total))
         self.end_step(batch.step, metrics)
 
