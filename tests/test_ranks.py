@@ -145,6 +145,8 @@ try:
     ranks.agreed(False)
 except RuntimeError as error:
     sys.exit(50 if me == 0 and time.monotonic() - begun < 12 and "Timed out" in str(error) else 1)
+finally:
+    ranks.leave()  # as a run does: torch's threads would abort a process that ends without it, now and then
 """
 
 
