@@ -295,7 +295,8 @@ def test_command_line_refusals_are_short_and_quick(tmp_path: Path, override: str
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]])
 def test_help_and_settings_answer_at_once_and_without_torch(tmp_path: Path, arguments: list[str]) -> None:
-    done = run_within(2.0, *arguments, cwd=tmp_path, flags=("-X", "importtime"))
+    """0.9 s on one machine, 2.7 s on another: Hydra copies its configuration for each of its groups."""
+    done = run_within(5.0, *arguments, cwd=tmp_path, flags=("-X", "importtime"))
     assert done.returncode == 0
     assert "grpo" in done.stdout
     assert list(tmp_path.iterdir()) == []

@@ -35,11 +35,13 @@ def values_and_gradients(attend, leaves, weight, scale=0.3):
     ],
 )
 def test_joined_attention_is_attention_over_copies_in_values_and_gradients(shape):
+    """Both round, and how far depends on the processor's kernels: the same sums in fp32 are the measure."""
     leaves, weight = tensors(*shape)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     expected = values_and_gradients(copied_attention, exact, weight.double())
-    for found, true in zip(values_and_gradients(joined_attention, leaves, weight), expected, strict=True):
-        assert (found - true).norm() <= 2e-6 * true.norm()
+    copied = values_and_gradients(copied_attention, leaves, weight)
+    for found, same, true in zip(values_and_gradients(joined_attention, leaves, weight), copied, expected, strict=True):
+        assert (found - true).norm() <= 2 * (same - true).norm() + 1e-6 * true.norm()
 
 
 def test_a_query_that_only_sees_its_own_token_gets_its_value():
