@@ -105,3 +105,27 @@ def run_command(tmp_path_factory):
         return result
 
     return call
+
+
+@pytest.fixture(scope="session")
+def shared(small):
+    """What runs of two processes and of one have in common; learning rates move weights by fifty times the tolerance.
+
+    The embedded policy, whose rewards differ.
+    """
+    from two_processes import OPEN_FILTER
+
+    return [
+        *small, *OPEN_FILTER, "policy.frames.max_frames=16", "grpo.sampling.max_new_tokens=40", "grpo.max_steps=5",
+        "grpo.grpo2_max_steps=2", "grpo.prompts_per_step=4", "grpo.prompts_at_once=1", "grpo.lr=1e-5", "sft.lr=5e-5",
+        "sft.epochs=1", "anchors.filter.max_per_query=1", "trainer.checkpoint_every=5",
+        "stage.sequence=[grpo1,filter,sft,grpo2,evaluate]", "evaluate.targets=[grpo2]",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def alone(shared, run_command, tmp_path_factory):
+    """The run of one process that the others are held against."""
+    folder = tmp_path_factory.mktemp("alone")
+    run_command(*shared, "trainer=cpu", "trainer.num_threads=1", f"runs_dir={folder}", "name=r")
+    return folder / "r"

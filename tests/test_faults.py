@@ -21,9 +21,10 @@ from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
 from tartvg.training.checkpoint import latest_checkpoint
 from tartvg.training.grpo_module import GrpoModule
-from tartvg.training.loop import StageRun, make_trainer
+from tartvg.training.loop import StageRun
 from tartvg.training.plan import StepDataset, step_loader
 from tartvg.training.sft_module import SftModule, TraceDataset
+from tartvg.training.trainer import make_trainer
 from tartvg.types import Trace
 
 RUBRIC = Rubric(RewardConfig(), AnchorsConfig())

@@ -19,6 +19,8 @@ from conftest import ROOT
 
 SIZES = {"narrow": (192, 576, 4, 500, 8, 96), "wide": (320, 1280, 4, 600, 8, 96), "deep": (256, 768, 8, 400, 6, 128)}
 """Hidden and intermediate width, layers, prompt tokens, completions, and their length."""
+LARGE = {"large": (1024, 4096, 10)}
+"""Of which only the weights matter."""
 
 
 def tiny_of(name, folder):
@@ -27,7 +29,7 @@ def tiny_of(name, folder):
 
     from tartvg.policy.tiny import build_tokenizer, tiny_config
 
-    hidden, intermediate, layers, *_ = SIZES[name]
+    hidden, intermediate, layers, *_ = (SIZES | LARGE)[name]
     tokenizer = build_tokenizer(["the red circle appears at <timestamp>1.00 to 2.00</timestamp>"] * 3)
     config = tiny_config(tokenizer)
     text = config.get_text_config()
@@ -183,7 +185,8 @@ def test_strategies_split_what_they_say(config):
 
     single = plan(Strategy.single, 1)
     assert (single.peak, single.least) == (1167 + 60, 1167 + 30)
-    assert plan(Strategy.ddp, 4).peak == plan(Strategy.ddp, 4).least == single.peak + 40
+    ddp = plan(Strategy.ddp, 4)  # a bucket, and the sums of what is exchanged in it
+    assert (ddp.peak, ddp.least) == (single.peak + 80, single.least + 80)
     zero2 = plan(Strategy.zero2, 4)
     assert (zero2.kept["weights"], zero2.kept["gradients"], zero2.kept["optimizer"]) == (1000, 10, 30)
     zero3 = plan(Strategy.zero3, 4)

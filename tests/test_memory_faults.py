@@ -15,8 +15,17 @@ from test_training import GRPO, make_grpo
 
 from tartvg.config import Aggregation
 from tartvg.policy.policy import token_batch
-from tartvg.training.fitting import NothingFits, fit_rows, fit_update, is_out_of_memory, merge_parts, row_slices
+from tartvg.training.fitting import (
+    GroupLoss,
+    NothingFits,
+    fit_rows,
+    fit_update,
+    is_out_of_memory,
+    merge_parts,
+    row_slices,
+)
 from tartvg.training.grpo_module import GroupWork
+from tartvg.training.retreats import Retreats
 from tartvg.types import Completion, RolloutGroup
 
 
@@ -71,16 +80,49 @@ def test_a_group_that_never_fits_is_left_out_and_the_others_are_not():
             micro().backward()
         return float(weight.grad)
 
-    losses = [lambda part, g=g: loss(g, part) for g in range(3)]
-    norm = fit_update(update, losses, [8, 8, 8], is_out_of_memory, lambda: attempts.append(1),
-                      lambda *note: notes.append(note[:2]))  # fmt: skip
+    def attempt(losses):
+        attempts.append(1)
+        return update(losses)
+
+    def note(group, parts, error):
+        assert "allocate" in error
+        notes.append((int(group.sample_id), parts))
+
+    groups = [GroupLoss(str(g), 8, 8, lambda part, g=g: loss(g, part), []) for g in range(3)]
+    norm = fit_update(attempt, groups, is_out_of_memory, note)
     assert norm == 8 + 80
     assert notes == [(1, 2), (1, 4), (2, 2), (2, 4), (2, 8), (2, 0)] and len(attempts) == 7
     with pytest.raises(NothingFits):
-        fit_update(update, losses[2:], [1], is_out_of_memory, lambda: None, lambda *_: None)
+        fit_update(update, groups[2:], is_out_of_memory, lambda *_: None)
     with pytest.raises(ValueError, match="else"):
-        fit_update(lambda _: (_ for _ in ()).throw(ValueError("else")), losses, [8] * 3, is_out_of_memory,
-                   lambda: None, lambda *_: None)  # fmt: skip
+        fit_update(lambda _: (_ for _ in ()).throw(ValueError("else")), groups, is_out_of_memory, lambda *_: None)
+
+
+def test_an_attempt_that_failed_leaves_nothing_noted():
+    group = GroupLoss("a", 8, 8, lambda part: (group.parts.append(part), rows_that_fit(4)(part))[1], [])
+    fit_update(lambda losses: len([micro() for micro in losses]), [group], is_out_of_memory, lambda *_: None)
+    assert group.parts == [slice(0, 4), slice(4, 8)]
+    never = dataclasses.replace(group, compute=lambda part: (group.parts.append(part), too_much()))
+    with pytest.raises(NothingFits):
+        fit_update(lambda losses: len([micro() for micro in losses]), [never], is_out_of_memory, lambda *_: None)
+    assert group.parts == []
+
+
+def test_retreats_are_kept_and_hold_for_what_is_as_large(tmp_path):
+    def group(name, tokens, rows=4):
+        return GroupLoss(name, rows, tokens, lambda part: None, [])
+
+    first = Retreats(tmp_path)
+    assert first.parts(3, group("a", 100)) == 1 and not first.is_new(3, group("a", 100))
+    assert first.add(3, group("a", 100)) == 2
+    (tmp_path / "retreats/1.jsonl").write_text('{"step": 5, "sample_id": "b", "num_tokens": 80, "parts": 4}\n{"st')
+    again = Retreats(tmp_path)
+    assert again.is_new(3, group("a", 100)) and not again.is_new(4, group("a", 100))
+    assert [again.parts(step, group("x", 100)) for step in (2, 3, 4, 5)] == [1, 2, 2, 4]
+    assert [again.parts(3, group("x", tokens)) for tokens in (99, 100, 101)] == [1, 2, 2]
+    assert again.parts(9, group("x", 100, rows=3)) == 3  # no part is empty
+    assert [again.add(5, group("b", 80)), Retreats(tmp_path).parts(5, group("b", 80))] == [0, 0]
+    assert again.parts(6, group("b", 80)) == 4  # elsewhere it is tried
 
 
 @pytest.mark.parametrize("aggregation", list(Aggregation))
@@ -145,7 +187,7 @@ def little_memory(base, root, tmp_path):
         module.advantages = lambda group: torch.arange(96.0) % 7 - 3
         update = module.update
 
-        def limited(losses):
+        def limited(losses, num_chunks=0):
             soft, hard = resource.getrlimit(resource.RLIMIT_AS)
             if margin is not None:
                 resource.setrlimit(resource.RLIMIT_AS, (address_space() + margin, hard))

@@ -29,9 +29,10 @@ from tartvg.prompts import build_prompt
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
 from tartvg.training.grpo_module import GrpoModule
-from tartvg.training.loop import StageRun, make_trainer
+from tartvg.training.loop import StageRun
 from tartvg.training.plan import StepDataset, first, step_loader
 from tartvg.training.sft_module import SftModule, TraceDataset
+from tartvg.training.trainer import make_trainer
 from tartvg.types import Trace
 
 GRPO = GrpoConfig(group_size=8, prompts_per_step=1, lr=5e-4, sampling=SamplingConfig(max_new_tokens=96))

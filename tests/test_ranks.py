@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from two_processes import START
 
 from tartvg.config import (
     AnchorsConfig,
@@ -176,7 +177,29 @@ signal.signal(getattr(signal, sys.argv[2]), end)
 pathlib.Path(sys.argv[1], "pid" + os.environ["RANK"]).write_text(str(os.getpid()))
 time.sleep(60)
 """
-START = "import sys; from tartvg.config.processes import run_processes; sys.exit(run_processes(2, sys.argv[1:]))"
+AGAIN = """
+import os, sys
+from pathlib import Path
+from tartvg.config.preemption import AGAIN_CODE
+
+log = Path(sys.argv[1] + os.environ["RANK"])
+with log.open("a") as file:
+    file.write("x")
+is_last = len(log.read_text()) == 3
+if os.environ["RANK"] == "0":
+    sys.exit(int(sys.argv[2]) if is_last else 1)
+sys.exit(0 if is_last else AGAIN_CODE)
+"""
+
+
+@pytest.mark.parametrize("end", [0, 75, 1])
+def test_processes_start_again_where_memory_ran_out(end, tmp_path, capfd):
+    """Whatever the others make of it, unless the run was asked to leave."""
+    script, log = tmp_path / "again.py", tmp_path / "log"
+    script.write_text(AGAIN)
+    assert run_processes(2, [sys.executable, str(script), str(log), str(end)]) == end
+    assert [Path(f"{log}{rank}").read_text() for rank in "01"] == ["xxx", "xxx"]
+    assert capfd.readouterr().err.count("start again") == 2
 
 
 def started(tmp_path, awaited=signal.SIGTERM):

@@ -22,9 +22,10 @@ from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
 from tartvg.training.checkpoint import latest_checkpoint
 from tartvg.training.grpo_module import GrpoModule
-from tartvg.training.loop import StageRun, learning_rate_share, make_trainer
+from tartvg.training.loop import StageRun, learning_rate_share
 from tartvg.training.plan import StepDataset, step_indices, step_loader
 from tartvg.training.sft_module import SftModule, TraceDataset
+from tartvg.training.trainer import make_trainer
 from tartvg.types import RolloutGroup, Trace
 
 CPU = TrainerConfig(progress_bar=False)

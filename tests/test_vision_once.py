@@ -22,8 +22,9 @@ from tartvg.prompts import build_prompt
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
 from tartvg.training.grpo_module import GrpoModule
-from tartvg.training.loop import StageRun, make_trainer
+from tartvg.training.loop import StageRun
 from tartvg.training.plan import StepDataset, step_loader
+from tartvg.training.trainer import make_trainer
 
 pytestmark = pytest.mark.slow
 NUM_VIDEOS, QUERIES = 3, 2

@@ -22,6 +22,8 @@ from types import FrameType
 
 REQUEUE_CODE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, try again."""
+AGAIN_CODE = 76
+"""A process ran out of memory where it could not try again: the same command does, at once, in smaller parts."""
 REQUEUED = signal.SIGUSR2
 """Whoever listened to it before the run did gets it after the run."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, REQUEUED)

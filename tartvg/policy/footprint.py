@@ -87,7 +87,7 @@ class Footprint:
     update: int
     """On top of weights, gradients and optimiser state, for the largest group."""
     update_one: int
-    """The same for one completion: the least that a process alone can do with, see `tartvg.training.fitting`."""
+    """The same for one completion: the least that a process can do with, see `tartvg.training.fitting`."""
 
 
 class LiveBytes(TorchDispatchMode):

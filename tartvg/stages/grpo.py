@@ -16,8 +16,9 @@ from tartvg.tracking import Tracker
 from tartvg.training import ranks
 from tartvg.training.faults import FAULTS
 from tartvg.training.grpo_module import GrpoModule
-from tartvg.training.loop import StageRun, make_trainer
+from tartvg.training.loop import StageRun
 from tartvg.training.plan import StepDataset, step_loader
+from tartvg.training.trainer import make_trainer
 
 
 def start_adapter(config: Config, stage: str) -> Path | None:

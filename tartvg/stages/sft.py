@@ -14,9 +14,10 @@ from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.tracking import Tracker
 from tartvg.training import ranks
 from tartvg.training.faults import FAULTS
-from tartvg.training.loop import StageRun, make_trainer
+from tartvg.training.loop import StageRun
 from tartvg.training.plan import first
 from tartvg.training.sft_module import SftModule, TraceDataset
+from tartvg.training.trainer import make_trainer
 
 
 def run_sft(config: Config) -> None:

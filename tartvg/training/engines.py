@@ -1,4 +1,4 @@
-"""What a training step asks of the strategy, in three versions: one process, DDP, ZeRO.
+"""What a training step asks of the strategy, in three versions: everything on each process, ZeRO-2, ZeRO-3.
 
 `whole` holds all weights together, for everything without gradient: sampling, reference and vision take as many passes
 as they need on each process. `update` is one optimiser step. The two state functions give and take what a checkpoint
@@ -51,7 +51,7 @@ class Engine(Protocol):
 
 
 class SingleEngine:
-    """One process; also what DDP has in common with it: every process holds everything."""
+    """One process, or several that each hold everything (DDP): they exchange gradients in every backward pass."""
 
     is_even = False
 
@@ -96,17 +96,6 @@ class SingleEngine:
         self.optimizer.optimizer.load_state_dict(state)
 
 
-class DdpEngine(SingleEngine):
-    """Gradients are exchanged once per step, with the last micro-batch."""
-
-    def backward(self, losses: Losses) -> None:
-        """All but the last micro-batch stay on their process."""
-        wrapped: Any = self.module.trainer.strategy.model
-        for number, loss in enumerate(losses, start=1):
-            with nullcontext() if number == len(losses) else wrapped.no_sync():
-                self.module.manual_backward(loss())
-
-
 class ZeroEngine(SingleEngine):
     """ZeRO-2: the weights are whole, gradients and optimiser state are split."""
 
@@ -122,7 +111,12 @@ class ZeroEngine(SingleEngine):
         whose norm is not finite, on all processes, and reports infinity as its norm.
         """
         with self.engine.coalesce_grad_reduction():
-            self.backward(losses)
+            try:
+                self.backward(losses)
+            except BaseException:
+                for weight in self.named.values():
+                    weight.grad = None  # or the end of the block would exchange it, with processes that do not
+                raise
         self.optimizer.step()
         self.optimizer.zero_grad()
         norm = float(self.engine.get_global_grad_norm())
@@ -226,7 +220,7 @@ class Zero3Engine(ZeroEngine):
 
 ENGINES: dict[Strategy, type[SingleEngine]] = {
     Strategy.single: SingleEngine,
-    Strategy.ddp: DdpEngine,
+    Strategy.ddp: SingleEngine,
     Strategy.zero2: ZeroEngine,
     Strategy.zero3: Zero3Engine,
     Strategy.zero3_offload: Zero3Engine,

@@ -1,15 +1,17 @@
 """Work on the rows of a group that does not fit into memory: in smaller and smaller parts, and without it in the end.
 
 It needs work that no other process waits for: all of a process that trains alone, and of several together sampling, the
-reference, and under DDP the update up to the exchange of gradients.
+reference, and the update up to the exchange of gradients. Under ZeRO-3 the others wait in every pass of the update; see
+`tartvg.training.retreats`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +20,19 @@ T = TypeVar("T")
 LossOfRows = Callable[[slice], Tensor]
 """Rows of a group -> their share of the step's loss."""
 WHOLE = slice(None)
+
+
+@dataclass(frozen=True)
+class GroupLoss:
+    """One group's share of a step's loss, which may be computed in parts."""
+
+    sample_id: str
+    num_rows: int
+    num_tokens: int
+    """Of the prompt once and of all rows: what the memory of its update grows with."""
+    compute: LossOfRows
+    parts: list[Any]
+    """What `compute` notes about each part; emptied before the group is tried again."""
 
 
 class NothingFits(Exception):
@@ -55,29 +70,33 @@ def fit_rows(work: Callable[[slice], T], rows: int, is_survivable: Callable[[Bas
         parts = min(2 * parts, rows)
 
 
+def fewer_rows(parts: int, rows: int) -> int:
+    """The number of parts to try after this many did not fit; 0 when single rows did not."""
+    return min(2 * parts, rows) if parts < rows else 0
+
+
 def fit_update(
     update: Callable[[Sequence[Callable[[], Tensor]]], float],
-    losses: Sequence[LossOfRows],
-    rows: Sequence[int],
+    groups: Sequence[GroupLoss],
     is_survivable: Callable[[BaseException], bool],
-    begin: Callable[[], None],
-    note: Callable[[int, int, str], None],
+    note: Callable[[GroupLoss, int, str], None],
 ) -> float:
     """`update` on the losses of all groups; a group that does not fit is computed in parts, and at last left out.
 
-    `update` starts from zero gradients, so an attempt that failed leaves nothing behind. `begin` is called before each
-    attempt, `note(group, parts, error)` before a group is tried in that many parts, 0 for a group that is left out.
-    Returns the gradient norm. Raises NothingFits when no group is left.
+    `update` starts from zero gradients, so an attempt that failed leaves nothing behind. `note(group, parts, error)` is
+    called before a group is tried in that many parts, 0 for a group that is left out. Returns what `update` returns.
+    Raises NothingFits when no group is left.
     """
-    parts = [1] * len(losses)
+    parts = [1] * len(groups)
     while any(parts):
         begun: list[int] = []
-        begin()
+        for group in groups:
+            group.parts.clear()
         micro = [
-            partial(_begin, begun, i, loss, part)
-            for i, loss in enumerate(losses)
+            partial(_begin, begun, i, group.compute, part)
+            for i, group in enumerate(groups)
             if parts[i]
-            for part in row_slices(rows[i], parts[i])
+            for part in row_slices(group.num_rows, parts[i])
         ]
         try:
             return update(micro)
@@ -87,8 +106,10 @@ def fit_update(
             reason = str(error)
         _free()
         failed = begun[-1]
-        parts[failed] = min(2 * parts[failed], rows[failed]) if parts[failed] < rows[failed] else 0
-        note(failed, parts[failed], reason)
+        parts[failed] = fewer_rows(parts[failed], groups[failed].num_rows)
+        note(groups[failed], parts[failed], reason)
+    for group in groups:
+        group.parts.clear()
     raise NothingFits
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tartvg.config import Aggregation, AnchorsConfig, GrpoConfig, Strategy
+from tartvg.config import Aggregation, AnchorsConfig, GrpoConfig
 from tartvg.data.packets import VideoError
 from tartvg.grpo import LossInputs, LossSettings, group_advantages, grpo_loss, rollout_metrics
 from tartvg.grpo.aggregation import divisor
@@ -25,7 +25,7 @@ from tartvg.response import parse_response
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
 from tartvg.training import ranks
-from tartvg.training.fitting import WHOLE, LossOfRows, NothingFits, fit_rows, fit_update, merge_parts
+from tartvg.training.fitting import WHOLE, NothingFits, fit_rows, merge_parts
 from tartvg.training.loop import StageRun, StepModule
 from tartvg.training.measures import Row, control_rows, drift_rows, is_due, measured, rows_of, sampler_gap
 from tartvg.training.plan import StepBatch
@@ -58,12 +58,8 @@ class Experience:
     drawn: list[tuple[int, RolloutGroup]]
     """All its groups, with their places."""
     works: list[GroupWork]
-    num_drawn: int
-    """Groups of all processes."""
-    num_works: int
-    """Of these, the ones that are trained on."""
-    metrics: dict[str, float]
-    """What was measured for the monitors, over all processes."""
+    rows: list[Row]
+    """What was measured for the monitors: so many kinds of rows, each with one row per group of `works`."""
 
 
 class GrpoModule(StepModule):
@@ -84,13 +80,16 @@ class GrpoModule(StepModule):
         """Everything without gradient: rollouts, rewards, reference. Not in the step, see `Engine.whole`."""
         self.begin_step(batch.step)
         with self.engine.whole():
-            self.experience = self.explore(batch)
+            found = self.until_signal(lambda: self.explore(batch))
+        self.leave_if_asked()
+        assert found is not None
+        self.experience = found
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One step of Algorithm 1: what was drawn is learned from, recorded and measured."""
         mine = self.experience
         del self.experience  # not to be kept until the next step has its own
-        metrics = mine.metrics | self.learn(mine, batch.step)
+        metrics = self.measured_by_all(mine) | self.learn(mine, batch.step)
         groups = self.all_groups(mine)
         self.record(groups, batch.step)
         self.end_step(batch.step, metrics | (rollout_metrics(groups, self.anchors.target) if groups else {}))
@@ -98,7 +97,10 @@ class GrpoModule(StepModule):
     # -- the steps of the step ---------------------------------------------------------------------------------------
 
     def explore(self, batch: StepBatch) -> Experience:
-        """Rollouts of this process's prompts, what the reference thinks of them, and what monitors ask."""
+        """Rollouts of this process's prompts, what the reference thinks of them, and what monitors ask.
+
+        No process waits for another here.
+        """
         drawn = self.rollout(self.prepare(batch), batch.step)
         kept = [each for each in drawn if self.teaches(each[2])]
         at_least = 2 if self.engine.is_even else 1  # one token alone needs one pass fewer
@@ -107,14 +109,16 @@ class GrpoModule(StepModule):
         tokens = [token_batch([r.completion for r in group.rollouts], device, at_least) for _, _, group in kept]
         references = self.reference_logps(prepared, tokens)
         rows = self.measure(prepared, tokens, references, batch.step)
-        kinds = len(rows) // max(1, len(kept))
-        metrics = measured(self.of_all([place for place, _, _ in kept] * kinds, rows))
         works = [
             GroupWork(place, prompt, group, batch_of, reference, torch.zeros_like(batch_of.logps))
             for (place, prompt, group), batch_of, reference in zip(kept, tokens, references, strict=True)
         ]
-        num_drawn, num_works = map(int, ranks.total(len(drawn), len(kept)))
-        return Experience([(place, group) for place, _, group in drawn], works, num_drawn, num_works, metrics)
+        return Experience([(place, group) for place, _, group in drawn], works, rows)
+
+    def measured_by_all(self, mine: Experience) -> dict[str, float]:
+        """What was measured for the monitors, over all processes."""
+        kinds = len(mine.rows) // max(1, len(mine.works))
+        return measured(self.of_all([work.place for work in mine.works] * kinds, mine.rows))
 
     def teaches(self, group: RolloutGroup) -> bool:
         """Whether a group is trained on: with `drop_zero_variance`, one whose rewards differ."""
@@ -122,9 +126,10 @@ class GrpoModule(StepModule):
 
     def learn(self, mine: Experience, step: int) -> dict[str, float]:
         """Advantages, and `num_iterations` updates on the rollouts; their metrics."""
-        if not mine.num_works:
-            return self.nothing_to_learn(step, is_fault=not mine.num_drawn)
         works = mine.works
+        num_drawn, num_works = map(int, ranks.total(len(mine.drawn), len(works)))
+        if not num_works:
+            return self.nothing_to_learn(step, is_fault=not num_drawn)
         advantages = [self.advantages(work.group) for work in works]
         chunks = self.even_chunks([work.tokens for work in works])
         normaliser = self.normaliser(works)
@@ -132,13 +137,16 @@ class GrpoModule(StepModule):
         for iteration in range(self.settings.num_iterations):
             parts: list[Parts] = [[] for _ in works]
             share = partial(
-                self.group_loss, num_groups=mine.num_works, normaliser=normaliser, num_chunks=chunks,
+                self.group_loss, num_groups=num_works, normaliser=normaliser, num_chunks=chunks,
                 is_first=iteration == 0,
             )  # fmt: skip
-            losses: list[LossOfRows] = [partial(share, *each) for each in zip(works, advantages, parts, strict=True)]
+            losses = [
+                self.loss_of(work.prepared, work.tokens, partial(share, work, advantages_G, part), part)
+                for work, advantages_G, part in zip(works, advantages, parts, strict=True)
+            ]
             try:
                 with self.policy.timer("update"):
-                    metrics["optim/grad_norm"] = self.fitting_update(losses, works, parts, step, chunks)
+                    metrics["optim/grad_norm"] = self.fitting_update(losses, step, chunks)
             except NothingFits:
                 return metrics | self.nothing_to_learn(step, is_fault=True)
             metrics |= self.loss_metrics([work.place for work in works], parts)
@@ -265,50 +273,6 @@ class GrpoModule(StepModule):
     ) -> Tensor:
         """log-probabilities of some completions of a group."""
         return self.policy.logps(prepared, rows_of(tokens, part), temperature, num_chunks)
-
-    def fitting_update(
-        self, losses: Sequence[LossOfRows], works: Sequence[GroupWork], parts: Sequence[Parts], step: int,
-        num_chunks: int = 0,
-    ) -> float:  # fmt: skip
-        """`update`, in smaller parts where memory asks for it; every such retreat is recorded. Not under ZeRO.
-
-        ZeRO exchanges gradients and weights at every pass. Raises NothingFits, on every process or on none.
-        """
-        if self.run.strategy not in (Strategy.single, Strategy.ddp):
-            return self.update([partial(loss, WHOLE) for loss in losses], num_chunks)
-
-        def begin() -> None:
-            for part in parts:
-                part.clear()
-
-        def note(group: int, num_parts: int, error: str) -> None:
-            action = f"tried in {num_parts} parts" if num_parts else "left out"
-            sample = works[group].group.prompt.sample.sample_id
-            self.faults.record_own(step, "out_of_memory", samples=[sample], action=action, error=error.splitlines()[0])
-
-        rows = [len(work.group.rollouts) for work in works]
-        if self.run.strategy is Strategy.single:
-            return fit_update(self.update, losses, rows, self.is_survivable, begin, note)
-
-        def at_home() -> Tensor:
-            try:
-                fit_update(self.accumulate, losses, rows, self.is_survivable, begin, note)
-            except NothingFits:
-                begin()
-                self.accumulate([])
-            if not ranks.total(sum(map(len, parts)))[0]:
-                raise NothingFits
-            return self.policy.idle(num_chunks)
-
-        # All gradients are there before they are exchanged, by a pass too small to fail.
-        return self.update([at_home, partial(self.policy.idle, num_chunks)], num_chunks)
-
-    def accumulate(self, losses: Sequence[Callable[[], Tensor]]) -> float:
-        """The gradients of these losses and no others, on this process, as large as an average needs to be a sum."""
-        self._raw_optimizer().zero_grad()
-        for loss in losses:
-            self.manual_backward(loss() * ranks.world_size())
-        return 0.0
 
     def group_loss(
         self, work: GroupWork, advantages_G: Tensor, parts: Parts, part: slice, *, num_groups: int,

@@ -1,36 +1,37 @@
-"""What both kinds of training share: optimiser, learning rate, accumulation, checkpoints, and the trainer."""
+"""What both kinds of training share: optimiser, learning rate, updates, checkpoints, and faults."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from tartvg.config import GrpoConfig, LrDecay, MonitorsConfig, SftConfig, StageStopped, Strategy, TrainerConfig
-from tartvg.config.preemption import PREEMPTION, Preempted
+from tartvg.config.preemption import AGAIN_CODE, PREEMPTION
 from tartvg.monitors import Watch
 from tartvg.policy.loading import save_adapter
-from tartvg.policy.policy import Policy, TokenBatch, stream_seed
+from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch, stream_seed
 from tartvg.records import dumps, flush_to_disk
 from tartvg.tracking import Tracker
 from tartvg.training import ranks
 from tartvg.training.checkpoint import KEPT, adapter_weights, latest_checkpoint, restore_adapter, save_checkpoint
 from tartvg.training.engines import ENGINES
 from tartvg.training.faults import Faults, finite
-from tartvg.training.fitting import is_out_of_memory
+from tartvg.training.fitting import GroupLoss, LossOfRows, NothingFits, fit_update, is_out_of_memory, row_slices
+from tartvg.training.interruption import InterruptibleModule
+from tartvg.training.retreats import Retreats
 from tartvg.training.selection import Selection
-from tartvg.training.strategies import make_strategy
 
 HEADLINES = {"reward": "reward/total_mean", "valid": "anchors/valid_rate", "loss": "loss/total"}
 
@@ -71,11 +72,11 @@ def learning_rate_share(settings: GrpoConfig | SftConfig, step: int, max_steps: 
     return warmup * (1 - step / max_steps) if settings.lr_decay is LrDecay.linear else warmup
 
 
-class StepModule(pl.LightningModule):
+class StepModule(InterruptibleModule):
     """A policy trained by whole steps: each `training_step` ends with an optimiser step and, at times, a checkpoint."""
 
     def __init__(self, policy: Policy, settings: GrpoConfig | SftConfig, run: StageRun, tracker: Tracker) -> None:
-        super().__init__()
+        super().__init__(run.stage, run.strategy)
         self.automatic_optimization = False
         self.policy = policy
         self.settings = settings
@@ -93,11 +94,9 @@ class StepModule(pl.LightningModule):
         self.headline: dict[str, float] = {}
         """What the progress bar shows of the last step."""
         self.faults = Faults(run.folder, run.max_skipped_steps, is_active=ranks.is_leader())
+        self.retreats = Retreats(run.folder)
         self.found_bad = False
         """Whether the last update was left out, because its loss or gradient was not finite."""
-        self._finished_steps: int | None = None
-        """Of which the weights are the result; None before the training has begun."""
-        self._saved_step = 0
         self._saved_at = time.monotonic()
         found = latest_checkpoint(run.folder / "checkpoints")
         if found is not None:
@@ -125,10 +124,7 @@ class StepModule(pl.LightningModule):
         if self._resumed is not None:
             self.engine.load_optimizer_state(self._resumed)
             self._resumed = None
-        self._saved_step = self._finished_steps = self.start_step
-        PREEMPTION.listen()  # again: Lightning has taken SIGTERM
-        if self.leaves_together:
-            PREEMPTION.hold()
+        self.begin_training(self.start_step)
 
     def on_train_end(self) -> None:
         """The strategy gives up its parts after this."""
@@ -141,9 +137,11 @@ class StepModule(pl.LightningModule):
         if selection is None or not selection.is_due(step):
             return {}
         if step not in selection.rows:
-            is_held = self._finished_steps is not None  # by the strategy; not where no step was left to do
+            is_held = self.finished_steps is not None  # by the strategy; not where no step was left to do
             with self.engine.whole() if is_held else nullcontext():
-                row = selection.ask(self.policy, step, self.is_survivable)
+                answers = self.until_signal(lambda: selection.answers(self.policy, self.is_survivable))
+            self.leave_if_asked()
+            row = selection.row(step, answers or [])
             weights = self.engine.weights() if is_held else None
             selection.keep(row, lambda folder: self._save_adapter(folder, weights))
         metrics = selection.known(step)
@@ -187,23 +185,104 @@ class StepModule(pl.LightningModule):
         for group in self._raw_optimizer().param_groups:
             group["lr"] = self.settings.lr * learning_rate_share(self.settings, step, self.run.max_steps)
 
+    def fitting_update(self, groups: Sequence[GroupLoss], step: int, num_chunks: int = 0) -> float:
+        """`update` on the losses of these groups, in smaller parts where memory asks for it; retreats are recorded.
+
+        Raises NothingFits, on every process or on none.
+        """
+
+        def note(group: GroupLoss, parts: int, error: str) -> None:
+            self.note_retreat(step, group, parts, error=error.splitlines()[0])
+
+        if self.engine.is_even:
+            return self.even_update(groups, step, num_chunks)
+        if not self.leaves_together:
+            return fit_update(self.update, groups, self.is_survivable, note)
+        trained = self.trainable()
+        sums = [torch.zeros_like(weight) for weight in trained]
+
+        def accumulate(losses: Sequence[Callable[[], Tensor]]) -> float:
+            for total in sums:
+                total.zero_()
+            for loss in losses:
+                for total, gradient in zip(sums, torch.autograd.grad(loss(), trained, allow_unused=True), strict=True):
+                    if gradient is not None:
+                        total += gradient
+            return 0.0
+
+        def fit() -> None:
+            try:
+                fit_update(accumulate, groups, self.is_survivable, note)
+            except NothingFits:
+                accumulate([])
+
+        self.until_signal(fit)
+        self.leave_if_asked()
+        if not ranks.total(sum(len(group.parts) for group in groups))[0]:
+            raise NothingFits
+        # What the strategy sees is one pass that cannot fail: a loss with these gradients.
+        return self.update([lambda: torch.stack([(g * w).sum() for g, w in zip(sums, trained, strict=True)]).sum()])
+
+    def even_update(self, groups: Sequence[GroupLoss], step: int, num_chunks: int) -> float:
+        """`update` of processes that take every pass together. Lack of memory ends them, see `Retreats`."""
+        begun: list[GroupLoss] = []
+
+        def begin(group: GroupLoss, part: slice) -> Tensor:
+            begun.append(group)
+            return group.compute(part)
+
+        losses = []
+        for group in groups:
+            parts = self.retreats.parts(step, group)
+            if self.retreats.is_new(step, group):
+                self.note_retreat(step, group, parts)
+            losses += [partial(begin, group, part) for part in (row_slices(group.num_rows, parts) if parts else [])]
+        if not ranks.total(len(losses))[0]:
+            raise NothingFits
+        try:
+            return self.update(losses, num_chunks)
+        except Exception as error:
+            if not begun or not is_out_of_memory(error):
+                raise
+            parts = self.retreats.add(step, begun[-1])
+            then = f"will be computed in {parts} parts" if parts else "will be left out"
+            print(f"step {step}: out of memory: {begun[-1].sample_id} {then}: {error}", flush=True)
+        # No exception: what it passes on its way would say goodbye to the others, who are in the middle of a pass.
+        os._exit(AGAIN_CODE)
+
+    def loss_of(self, prepared: PreparedPrompt, tokens: TokenBatch, compute: LossOfRows, parts: list[Any]) -> GroupLoss:
+        """What `fitting_update` needs to know of one prompt and its completions."""
+        size = prepared.inputs.length + tokens.ids.numel()
+        return GroupLoss(prepared.prompt.sample.sample_id, len(tokens.ids), size, compute, parts)
+
+    def note_retreat(self, step: int, group: GroupLoss, parts: int, **more: str) -> None:
+        """Record that a group of this process is computed in parts, or left out."""
+        action = f"tried in {parts} parts" if parts else "left out"
+        self.faults.record_own(step, "out_of_memory", samples=[group.sample_id], action=action, **more)
+
     def update(self, losses: Sequence[Callable[[], Tensor]], num_chunks: int = 0) -> float:
         """One optimiser step on the sum of the losses of all processes. Returns the gradient norm.
 
         A process with fewer micro-batches than another runs empty ones, so that nobody waits for ever. Strategies
-        average over processes: the factor makes it a sum again.
+        average over processes: the factor makes it a sum again. Processes that were asked to leave do so before the
+        next micro-batch.
         """
         count = ranks.world_size()
         if count > 1:
             missing = int(ranks.largest(len(losses))[0]) - len(losses)
             idle = [lambda: self.policy.idle(num_chunks)] * missing
-            losses = [lambda loss=loss: loss() * count for loss in (*losses, *idle)]  # type: ignore[misc]
+            losses = [partial(self.in_turn, loss, count) for loss in (*losses, *idle)]
         return self.engine.update(losses, self.settings.max_grad_norm, self.may_step)
+
+    def in_turn(self, loss: Callable[[], Tensor], factor: int) -> Tensor:
+        """A micro-batch of several processes."""
+        self.leave_if_asked()
+        return loss() * factor
 
     def may_step(self, norm: float) -> bool:
         """Whether an update with this gradient norm is taken: the same on every process."""
         self.found_bad = ranks.agreed(not math.isfinite(norm))
-        PREEMPTION.hold()  # from here to the end of the step the weights belong to no whole number of steps
+        self.begin_change()
         return not self.found_bad
 
     def even_chunks(self, tokens: Sequence[TokenBatch]) -> int:
@@ -243,28 +322,24 @@ class StepModule(pl.LightningModule):
         self.tracker.log(metrics, step)
         alarms = self.watch.see(metrics, step)
         self.tracker.alarms(alarms)
-        done = self._finished_steps = step + 1
+        done = step + 1
+        self.end_change(done)
         is_leaving = ranks.agreed(PREEMPTION.received is not None)
         is_due = is_leaving or done == self.run.max_steps or done % self.run.checkpoint_every == 0
         if is_due or ranks.agreed(time.monotonic() - self._saved_at >= 60 * self.run.checkpoint_minutes):
             self.save()
         stops = self.watch.stops(alarms)
         if done < self.run.max_steps and ranks.agreed(bool(stops)):
-            if self._saved_step != done:  # or the same command would come to the same alarm again
+            if self.saved_step != done:  # or the same command would come to the same alarm again
                 self.save()
             why = "; ".join(f"{alarm.monitor}, {alarm.text}" for alarm in stops[:1])
             raise StageStopped(f"{self.run.stage} by monitors.stop: {why}")
         if is_leaving or not self.leaves_together:
             PREEMPTION.release(is_leaving)
 
-    @property
-    def leaves_together(self) -> bool:
-        """Whether a signal waits for the end of the step: processes that wait for each other leave together there."""
-        return self.run.strategy is not Strategy.single
-
     def save(self) -> None:
         """A checkpoint of the finished steps; the leader's, made of what all processes hold."""
-        assert self._finished_steps is not None
+        assert self.finished_steps is not None
         counters = {"skipped_in_row": self.faults.in_row}
         weights = adapter_weights(self.policy.model, self.engine.weights())
         state = self.engine.optimizer_state()
@@ -273,62 +348,5 @@ class StepModule(pl.LightningModule):
             for log in (path for path in self.run.folder.glob("*.jsonl") if path.is_file()):
                 flush_to_disk(log)
             folder = self.run.folder / "checkpoints"
-            save_checkpoint(folder, self._finished_steps, weights, state, counters, self.run.checkpoints_kept)
-        self._saved_step, self._saved_at = self._finished_steps, time.monotonic()
-
-    @contextmanager
-    def preemptible(self) -> Iterator[None]:
-        """Around the training: when the process is asked to leave, what is finished is saved before it does.
-
-        The step that was under way is lost; after the restart it is the same again. Several processes leave at the
-        end of a step, which is saved already.
-        """
-        try:
-            yield
-            if self.leaves_together:  # a signal after the last step was held, and may not have reached the others yet
-                PREEMPTION.release(ranks.agreed(PREEMPTION.received is not None))
-        except Preempted as stop:
-            PREEMPTION.hold()
-            if self._finished_steps not in (None, self._saved_step) and not self.leaves_together:
-                self.save()
-            if ranks.is_leader():
-                print(f"{stop.reason}: stage {self.run.stage} is saved at step {self._saved_step}", flush=True)
-            raise
-        finally:
-            PREEMPTION.reset()
-
-
-class StageBar(TQDMProgressBar):
-    """A progress bar that says which stage it is and how it goes."""
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Lightning would call it an epoch."""
-        super().on_train_epoch_start(trainer)
-        module: Any = trainer.lightning_module
-        self.train_progress_bar.reset(total=module.run.max_steps)
-        self.train_progress_bar.initial = module.start_step
-        self.train_progress_bar.set_description(module.run.stage)
-
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """The numbers behind the bar."""
-        module: Any = pl_module
-        return {name: f"{value:.2f}" for name, value in module.headline.items()}
-
-
-def make_trainer(settings: TrainerConfig, folder: Path, max_grad_norm: float = 1.0) -> pl.Trainer:
-    """A Lightning trainer that does what the modules say and nothing beside it."""
-    return pl.Trainer(
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.num_nodes,
-        strategy=make_strategy(settings, max_grad_norm),
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        callbacks=[StageBar(refresh_rate=1)] if settings.progress_bar else [],
-        enable_progress_bar=settings.progress_bar,
-        use_distributed_sampler=False,
-        default_root_dir=str(folder),
-        precision="32-true",
-    )
+            save_checkpoint(folder, self.finished_steps, weights, state, counters, self.run.checkpoints_kept)
+        self.saved_step, self._saved_at = self.finished_steps, time.monotonic()

@@ -31,7 +31,7 @@ class Plan:
     """What each phase adds to it."""
     overhead: int
     spared: int = 0
-    """How much less the update needs when it takes one completion at a time, where it can (one process)."""
+    """How much less the update needs when it takes one completion at a time."""
 
     @property
     def peak(self) -> int:
@@ -75,6 +75,7 @@ def plan_of(footprint: Footprint, trainer: TrainerConfig, feature_cache_mb: int)
         "weights": footprint.weights // processes * on_device if is_zero3 else footprint.weights,
         "adapter": footprint.adapter + footprint.reference,
         "gradients": footprint.adapter // split,
+        "summed": footprint.adapter if trainer.strategy in (Strategy.ddp, Strategy.zero2) else 0,  # before the exchange
         "optimizer": (2 + is_zero) * footprint.adapter // split * on_device,
         "buckets": footprint.adapter * (0 if trainer.strategy is Strategy.single else 2 if is_zero else 1),
         "features": footprint.features if trainer.accelerator == "gpu" else max(footprint.features, cached),
@@ -88,8 +89,7 @@ def plan_of(footprint: Footprint, trainer: TrainerConfig, feature_cache_mb: int)
     overhead = 0
     if trainer.accelerator == "gpu":
         overhead = RUNTIME_BYTES + int(FRAGMENTATION * (sum(kept.values()) + max(added.values())))
-    spared = footprint.update - footprint.update_one if trainer.strategy is Strategy.single else 0
-    return Plan(trainer, kept, added, overhead, spared)
+    return Plan(trainer, kept, added, overhead, footprint.update - footprint.update_one)
 
 
 def estimate(config: Config) -> Plan:

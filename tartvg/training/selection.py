@@ -40,7 +40,7 @@ class Questions:
 
 
 class Selection:
-    """The measurements of one stage. Every method is called by all processes, and the leader writes."""
+    """The measurements of one stage. Every process calls every method, and the leader writes."""
 
     def __init__(self, questions: Questions, folder: Path, max_steps: int) -> None:
         self.questions = questions
@@ -59,8 +59,8 @@ class Selection:
         row = self.rows[step]
         return {f"eval/val/{name}": float(row[name]) for name in ("miou", "num_unparsed", "num_missing")}
 
-    def ask(self, policy: Policy, step: int, is_survivable: Callable[[BaseException], bool]) -> dict[str, Any]:
-        """A new row; each process answers its share. The policy's weights must be whole.
+    def answers(self, policy: Policy, is_survivable: Callable[[BaseException], bool]) -> list[Prediction]:
+        """What the policy says to this process's share of the queries. Its weights must be whole.
 
         `is_survivable`: see `fit_rows`.
         """
@@ -72,8 +72,12 @@ class Selection:
                 prepared = decodable(policy, own[start : start + size], "validation")
                 said = greedy_answers(policy, prepared, self.questions.limits, is_survivable)
                 answers += [prediction(p.prompt.sample, c, 0) for p, c in zip(prepared, said, strict=True)]
+        return answers
+
+    def row(self, step: int, answers: Sequence[Prediction]) -> dict[str, Any]:
+        """The answers of all processes, counted."""
         everyone = [prediction_from_json(json.loads(line)) for line in ranks.gather(list(map(dumps, answers)))]
-        card = score([p.sample for p in prompts], everyone, resamples=0)
+        card = score([p.sample for p in self.questions.prompts], everyone, resamples=0)
         counts = {name: getattr(card, name) for name in ("num_queries", "num_unparsed", "num_missing")}
         return {"step": step, "miou": card.miou.value, **counts}
 

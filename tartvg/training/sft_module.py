@@ -7,7 +7,6 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -16,7 +15,9 @@ from tartvg.data.packets import VideoError
 from tartvg.policy.policy import PreparedPrompt, TokenBatch, token_batch
 from tartvg.records import to_json
 from tartvg.training import ranks
+from tartvg.training.fitting import GroupLoss, NothingFits
 from tartvg.training.loop import StepModule
+from tartvg.training.measures import rows_of
 from tartvg.training.plan import permutation
 from tartvg.types import Completion, Prompt, Trace
 
@@ -80,7 +81,9 @@ class SftModule(StepModule):
         """The videos: not in the step, see `Engine.whole`."""
         self.begin_step(batch.step)
         with self.engine.whole():
-            self.kept = self.prepare(batch)
+            kept = self.until_signal(lambda: self.prepare(batch))
+        self.leave_if_asked()
+        self.kept = kept or []
 
     def training_step(self, batch: TraceBatch, batch_idx: int) -> None:
         """Minimise -log p(trace | prompt)."""
@@ -89,27 +92,29 @@ class SftModule(StepModule):
             self.end_step(batch.step, self.nothing_to_learn(batch.step, is_fault=True))
             return
         chunks = self.even_chunks([tokens for _, _, tokens in self.kept])
-        total: list[Tensor] = []
-        micro = [
-            partial(self.group_loss, prepared, tokens, total, num_tokens, chunks) for _, prepared, tokens in self.kept
-        ]
-        with self.policy.timer("update"):
-            norm = self.update(micro, chunks)
-        loss = ranks.total(float(torch.stack(total).sum()) if total else 0.0)[0] / num_tokens
+        groups = [self.group_loss(prepared, tokens, num_tokens, chunks) for _, prepared, tokens in self.kept]
+        try:
+            with self.policy.timer("update"):
+                norm = self.fitting_update(groups, batch.step, chunks)
+        except NothingFits:
+            self.end_step(batch.step, self.nothing_to_learn(batch.step, is_fault=True))
+            return
+        loss = ranks.total(sum(float(part) for group in groups for part in group.parts))[0] / num_tokens
         metrics = {"loss/total": loss, "optim/grad_norm": norm}
-        self.judge_update(batch.step, metrics, partial(self.suspects, total))
+        self.judge_update(batch.step, metrics, partial(self.suspects, groups))
         self.end_step(batch.step, metrics)
 
-    def suspects(self, losses: Sequence[Tensor]) -> list[dict[str, Any]]:
+    def suspects(self, groups: Sequence[GroupLoss]) -> list[dict[str, Any]]:
         """The queries of this process with their losses: what to look at when a step was not finite."""
         return [
             {
                 "sample_id": prompt.sample.sample_id,
-                "loss": float(loss),
+                "loss": sum(float(part) for part in group.parts),
                 "prompt": prompt.text,
                 "traces": to_json(traces),
             }
-            for ((prompt, traces), _, _), loss in zip(self.kept, losses, strict=True)
+            for ((prompt, traces), _, _), group in zip(self.kept, groups, strict=True)
+            if group.parts
         ]
 
     def prepare(self, batch: TraceBatch) -> list[tuple[Query, PreparedPrompt, TokenBatch]]:
@@ -131,9 +136,14 @@ class SftModule(StepModule):
         return token_batch(completions, self.policy.device, 2 if self.engine.is_even else 1)
 
     def group_loss(
-        self, prepared: PreparedPrompt, tokens: TokenBatch, total: list[Tensor], num_tokens: int, num_chunks: int = 0
-    ) -> Tensor:
-        """One query's share of the step's loss; its summed negative log-likelihood is appended to `total`."""
-        loss = -self.policy.logps(prepared, tokens, num_chunks=num_chunks).sum()
-        total.append(loss.detach())
-        return loss / num_tokens
+        self, prepared: PreparedPrompt, tokens: TokenBatch, num_tokens: int, num_chunks: int = 0
+    ) -> GroupLoss:
+        """One query's share of the step's loss; noted of each part is its summed negative log-likelihood."""
+        parts: list[Tensor] = []
+
+        def compute(part: slice) -> Tensor:
+            loss = -self.policy.logps(prepared, rows_of(tokens, part), num_chunks=num_chunks).sum()
+            parts.append(loss.detach())
+            return loss / num_tokens
+
+        return self.loss_of(prepared, tokens, compute, parts)

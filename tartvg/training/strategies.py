@@ -57,9 +57,9 @@ class AnyDeviceZero(DeepSpeedStrategy):
 
     On the CPU three things of the library are in the way: its check for CUDA, the device number that it hands to
     DeepSpeed, and a C++ extension for messages that DeepSpeed would compile for a minute; gloo does without it.
-    Under ZeRO-3 the weights are split one by one from main memory, where each process has read them, instead of being
-    moved to every device whole; main memory must hold one copy per process of the machine until then. The adapter is
-    complete by that time: splitting while the modules are built would leave its B matrices other than zero, silently.
+    Under ZeRO-3 the weights are split one by one from the checkpoint's files, which all processes of a machine have
+    mapped and none has copied, where the files have the precision that is asked for. The adapter is complete by that
+    time: splitting while the modules are built would leave its B matrices other than zero, silently.
     """
 
     @property
@@ -101,7 +101,7 @@ class AnyDeviceZero(DeepSpeedStrategy):
 
         if self.zero_stage_3:
             assert self.model is not None
-            deepspeed.zero.Init(module=self.model, config_dict_or_path=self.config)
+            one_by_one()(module=self.model, config_dict_or_path=self.config)
             for buffer in self.model.buffers():
                 buffer.data = buffer.data.to(self.root_device)
         with ExitStack() as stack:
@@ -115,6 +115,24 @@ class AnyDeviceZero(DeepSpeedStrategy):
 
         super().teardown()
         torch.nn.functional.linear = getattr(Patches, "linear_bk", torch.nn.functional.linear)
+
+
+def one_by_one() -> type[Any]:
+    """DeepSpeed's class that splits weights; made here, as its import is slow and reads the environment."""
+    import deepspeed
+
+    class OneByOne(deepspeed.zero.Init):
+        """It writes process 0's weight over each other's: on the CPU into the mapped file, which would copy all of it.
+
+        A page of a mapped file that was written to stays in memory as long as any weight of that file is there.
+        """
+
+        def _zero_init_param(self, param: torch.nn.Parameter) -> None:
+            if param.device.type == "cpu":
+                param.data = param.data.clone()
+            super()._zero_init_param(param)
+
+    return OneByOne
 
 
 def make_strategy(settings: TrainerConfig, max_grad_norm: float) -> Strategy | str:
