@@ -57,7 +57,6 @@ runpy.run_path("run.py", run_name="__main__")
 @pytest.mark.parametrize(
     ("strategy", "limit", "where"),
     [
-        ("ddp", 2, "forward"),
         ("ddp", 0, "backward"),
         ("zero2", 2, "backward"),
         ("zero3", 1, "backward"),

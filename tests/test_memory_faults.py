@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import planted_prompts, tiny_policy
 from test_faults import RUBRIC, fit, lines
-from test_training import GRPO, make_grpo
+from test_training import CPU, GRPO, OFF, make_grpo
 
-from tartvg.config import Aggregation
+from tartvg.config import Aggregation, SftConfig
 from tartvg.policy.policy import token_batch
+from tartvg.tracking import Tracker
 from tartvg.training.fitting import (
     GroupLoss,
     NothingFits,
@@ -25,8 +26,11 @@ from tartvg.training.fitting import (
     row_slices,
 )
 from tartvg.training.grpo_module import GroupWork
+from tartvg.training.loop import StageRun
 from tartvg.training.retreats import Retreats
-from tartvg.types import Completion, RolloutGroup
+from tartvg.training.sft_module import SftModule, TraceDataset
+from tartvg.training.trainer import make_trainer
+from tartvg.types import Completion, RolloutGroup, Trace
 
 
 def too_much():
@@ -229,3 +233,34 @@ def little_memory(base, root, tmp_path):
     measured, expected = (lines(folder / "metrics.jsonl")[0] for folder in (tight, free))
     for name in ("optim/grad_norm", "loss/total", "loss/ratio_mean"):
         assert measured[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6)
+
+
+def test_fine_tuning_takes_the_traces_of_a_query_in_parts(policy, prompts, tmp_path):
+    """And leaves out a query whose single traces do not fit; the same rows, so the same gradient."""
+    traces = [Trace(prompts[0].sample.sample_id, f"{i} 12", 7.0, ()) for i in range(4)]
+    settings = SftConfig(epochs=1, batch_size=4, lr=1e-3)
+    logps = policy.logps
+
+    def step(name, limit):
+        def cramped(prepared, tokens, **kwargs):
+            return logps(prepared, tokens, **kwargs) if len(tokens.ids) <= limit else too_much()
+
+        policy.logps = cramped
+        with Tracker(tmp_path / name, OFF, "r", "sft", {}, 0) as tracker:
+            data = TraceDataset(traces, {prompts[0].sample.sample_id: prompts[0]}, settings, 0)
+            module = SftModule(policy, settings, StageRun("sft", tmp_path / name, 0, data.stop, 1), tracker)
+            before = [weight.detach().clone() for weight in module.trainable()]
+            loader = torch.utils.data.DataLoader(data, batch_size=1, collate_fn=lambda b: b[0])
+            make_trainer(CPU, tmp_path / name).fit(module, loader)
+        with torch.no_grad():  # the next one starts where this one did
+            for weight, value in zip(module.trainable(), before, strict=True):
+                weight.copy_(value)
+        return lines(tmp_path / name / "metrics.jsonl")[0]
+
+    whole, parts = step("whole", 4), step("parts", 1)
+    assert not (tmp_path / "whole/faults.jsonl").exists()
+    assert [row["action"] for row in lines(tmp_path / "parts/faults.jsonl")] == ["tried in 2 parts", "tried in 4 parts"]
+    for name in ("loss/total", "optim/grad_norm"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5) and whole[name] > 0
+    assert step("nothing", 0)["optim/skipped"] == 1.0
+    assert [row["kind"] for row in lines(tmp_path / "nothing/faults.jsonl")][-2:] == ["out_of_memory", "empty_step"]
