@@ -17,6 +17,14 @@ from tartvg.config.processes import run_processes
 pytestmark = pytest.mark.slow
 
 
+def assert_adapter_only(stage):
+    """The newest checkpoint holds the adapter and its two moments, and no weight of the base."""
+    newest = sorted((stage / "checkpoints").glob("step_*"))[-1]
+    assert all("lora_" in name for name in load_file(newest / "adapter_model.safetensors"))
+    weights = (stage / "adapter/adapter_model.safetensors").stat().st_size
+    assert sum(file.stat().st_size for file in newest.iterdir()) < 3.3 * weights
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_run_the_whole_method_like_one(strategy, shared, alone, run_command, tmp_path):
     """Once with interpreters of their own, as users start them; the tests fork elsewhere."""
@@ -31,10 +39,7 @@ def test_two_processes_run_the_whole_method_like_one(strategy, shared, alone, ru
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), (stage, name)
     assert rows(run / "grpo1/metrics.jsonl")[0]["loss/kl"] == 0.0
     assert rows(run / "grpo2/metrics.jsonl")[0]["loss/kl"] == 0.0
-    newest = sorted((run / "grpo1/checkpoints").glob("step_*"))[-1]
-    assert all("lora_" in name for name in load_file(newest / "adapter_model.safetensors"))
-    weights = (run / "grpo1/adapter/adapter_model.safetensors").stat().st_size
-    assert sum(file.stat().st_size for file in newest.iterdir()) < 3.3 * weights  # weights and two moments
+    assert_adapter_only(run / "grpo1")
     assert json.loads((run / "evaluate/grpo2/manifest.json").read_text())["finished"]
 
 
@@ -43,6 +48,7 @@ def test_weights_in_main_memory_train_like_one(shared, alone, run_command, tmp_p
     run_command(*command)
     assert said(tmp_path / "r/grpo1/rollouts.jsonl") == said(alone / "grpo1/rollouts.jsonl")
     assert_same_training("zero3_offload", alone, tmp_path / "r")
+    assert_adapter_only(tmp_path / "r/grpo1")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
