@@ -79,11 +79,7 @@ class GrpoModule(StepModule):
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
         """Everything without gradient: rollouts, rewards, reference. Not in the step, see `Engine.whole`."""
         self.begin_step(batch.step)
-        with self.engine.whole():
-            found = self.until_signal(lambda: self.explore(batch))
-        self.leave_if_asked()
-        assert found is not None
-        self.experience = found
+        self.experience = self.with_whole_weights(lambda: self.explore(batch))
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One step of Algorithm 1: what was drawn is learned from, recorded and measured."""

@@ -29,7 +29,7 @@ from tartvg.training.checkpoint import KEPT, adapter_weights, latest_checkpoint,
 from tartvg.training.engines import ENGINES
 from tartvg.training.faults import Faults, finite
 from tartvg.training.fitting import GroupLoss, LossOfRows, NothingFits, fit_update, is_out_of_memory, row_slices
-from tartvg.training.interruption import InterruptibleModule
+from tartvg.training.interruption import InterruptibleModule, T
 from tartvg.training.retreats import Retreats
 from tartvg.training.selection import Selection
 
@@ -137,17 +137,30 @@ class StepModule(InterruptibleModule):
         if selection is None or not selection.is_due(step):
             return {}
         if step not in selection.rows:
-            is_held = self.finished_steps is not None  # by the strategy; not where no step was left to do
-            with self.engine.whole() if is_held else nullcontext():
-                answers = self.until_signal(lambda: selection.answers(self.policy, self.is_survivable))
-            self.leave_if_asked()
-            row = selection.row(step, answers or [])
-            weights = self.engine.weights() if is_held else None
+            answers = self.with_whole_weights(lambda: selection.answers(self.policy, self.is_survivable))
+            row = selection.row(step, answers)
+            weights = self.engine.weights() if self.is_held else None
             selection.keep(row, lambda folder: self._save_adapter(folder, weights))
         metrics = selection.known(step)
         if step == self.run.max_steps:  # no step follows that would log them
             self.tracker.log(metrics, step)
         return metrics
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the strategy holds the weights; it does not where no step was left to do."""
+        return self.finished_steps is not None
+
+    def with_whole_weights(self, work: Callable[[], T]) -> T:
+        """The result of work without gradient, in which no process waits for another. Not inside `training_step`.
+
+        Raises Preempted on all processes where one was asked to leave.
+        """
+        with self.engine.whole() if self.is_held else nullcontext():
+            found = self.until_signal(work)
+        self.leave_if_asked()
+        assert found is not None
+        return found
 
     def save_result(self) -> None:
         """Write the adapter that is the stage's result, after the training or where no step of it was left to do."""

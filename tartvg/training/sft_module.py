@@ -80,17 +80,11 @@ class SftModule(StepModule):
     def on_train_batch_start(self, batch: TraceBatch, batch_idx: int) -> None:
         """The videos: not in the step, see `Engine.whole`."""
         self.begin_step(batch.step)
-        with self.engine.whole():
-            kept = self.until_signal(lambda: self.prepare(batch))
-        self.leave_if_asked()
-        self.kept = kept or []
+        self.kept = self.with_whole_weights(lambda: self.prepare(batch))
 
     def training_step(self, batch: TraceBatch, batch_idx: int) -> None:
         """Minimise -log p(trace | prompt)."""
         num_tokens = int(ranks.total(sum(int(tokens.mask.sum()) for _, _, tokens in self.kept))[0])
-        if not num_tokens:
-            self.end_step(batch.step, self.nothing_to_learn(batch.step, is_fault=True))
-            return
         chunks = self.even_chunks([tokens for _, _, tokens in self.kept])
         groups = [self.group_loss(prepared, tokens, num_tokens, chunks) for _, prepared, tokens in self.kept]
         try:
