@@ -213,8 +213,9 @@ def test_a_plan_that_cannot_fit_is_refused_with_what_would(config):
 
 @pytest.mark.slow
 def test_the_stage_refuses_before_it_loads_anything(small, run_command, tmp_path):
-    result = run_command(*small, "stage=grpo1", "trainer.memory_gb=0.001", f"runs_dir={tmp_path}", check=False)
-    assert result.returncode == 2 and "trainer.memory_gb" in result.stderr and "Traceback" not in result.stderr
+    for stage in ("memory", "grpo1"):
+        result = run_command(*small, f"stage={stage}", "trainer.memory_gb=0.001", f"runs_dir={tmp_path}", check=False)
+        assert result.returncode == 2 and "trainer.memory_gb" in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.rglob("metrics.jsonl"))
     assert "GiB per GPU at the peak" in run_command(*small, "stage=memory", f"runs_dir={tmp_path}").stdout
 
