@@ -37,8 +37,8 @@ check: $(STAMP) ## style, types, direction of imports and the quick tests
 
 bench: $(STAMP) ## decoding, speed and memory beside other engines (an hour on two quiet cores)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench,bench_video]'
-	$(BIN)/python -m tartvg.data.benchmark
-	$(BIN)/python -m tartvg.bench
+	$(BIN)/python -m experiments.efficiency.bench.decoding
+	$(BIN)/python -m experiments.efficiency.bench
 
 clean: ## removes .venv and caches; runs/ and data/ stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info

@@ -17,8 +17,8 @@ import hydra
 from omegaconf import DictConfig
 
 from tartvg.config import register
-from tartvg.config.launch import finish, job, launch
-from tartvg.config.processes import needs_processes, run_processes
+from tartvg.launch.job import finish, job, launch
+from tartvg.launch.processes import needs_processes, run_processes
 
 register()
 

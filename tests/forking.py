@@ -129,7 +129,8 @@ def become(overrides, env, outputs=(), prepare=None):
     """Turn this process into run.py, and end as an interpreter does."""
     from hydra.core.global_hydra import GlobalHydra
 
-    from tartvg.config import preemption, processes
+    from tartvg.launch import processes
+    from tartvg.launch import signals as preemption
 
     for number in preemption.SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -165,7 +166,7 @@ def become(overrides, env, outputs=(), prepare=None):
 
 
 def _start_rank(command, env, preexec_fn):
-    """In place of `Popen` in tartvg.config.processes."""
+    """In place of `Popen` in tartvg.launch.processes."""
     if list(command[:2]) != [sys.executable, RUN]:
         return subprocess.Popen(command, env=env, preexec_fn=preexec_fn)
     return fork(command[2:], env, prepare=preexec_fn)

@@ -263,7 +263,7 @@ def fuzz_completions(count, seed):
         start = time.process_time()
         response = parse_response(text)
         rubric = RUBRICS[rng.randrange(len(RUBRICS))]
-        reward = rubric.judge(response, SAMPLE)
+        reward = rubric.score(response, SAMPLE)
         slowest = max(slowest, time.process_time() - start)
         check_reward(text, response, rubric, reward)
     assert slowest < MAX_SECONDS_PER_COMPLETION
@@ -302,7 +302,7 @@ def fuzz_guided(minutes, corpus, seed):
             text = content.decode("utf-8", "surrogateescape")
             rubric = RUBRICS[len(content) % len(RUBRICS)]
             response = parse_response(text)
-            check_reward(text, response, rubric, rubric.judge(response, SAMPLE))
+            check_reward(text, response, rubric, rubric.score(response, SAMPLE))
             return
         path = folder / "f.json"
         path.write_bytes(content)

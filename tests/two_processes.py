@@ -19,7 +19,7 @@ SHARE = 0.1
 """Of how far training went: zero3 has a linear layer of its own, whose rounding AdamW magnifies in single entries."""
 OVERALL = 1e-3
 """Of the distance of all weights, for that of the difference. All three are derived in experiments/distributed."""
-START = "import sys; from tartvg.config.processes import run_processes; sys.exit(run_processes(2, sys.argv[1:]))"
+START = "import sys; from tartvg.launch.processes import run_processes; sys.exit(run_processes(2, sys.argv[1:]))"
 """Start the command that follows once per rank, as run.py does with its own."""
 
 

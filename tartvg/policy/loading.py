@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from tartvg.config import LoraConfig, PolicyConfig, Precision
-from tartvg.policy.tiny import embedded_path
-from tartvg.policy.windows import WINDOW_ATTENTION
+from tartvg.policy.window_attention import WINDOW_ATTENTION
 
 EMBEDDED_TINY = "embedded:tiny"
 ADAPTER = "default"
@@ -26,6 +26,11 @@ LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_p
 TOWER_TARGETS = r".*visual\.blocks\..*\.(qkv|proj|gate_proj|up_proj|down_proj)"
 """Every linear layer of the tower's blocks, with `policy.lora.vision`."""
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+def embedded_path() -> Path:
+    """The folder of the tiny base that ships in the package."""
+    return Path(str(resources.files("tartvg") / "assets" / "tiny"))
 
 
 def base_path(settings: PolicyConfig) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tartvg.policy.cache import attending_by
+from tartvg.policy.kv_cache import attending_by
 from tartvg.policy.prefix_attention import is_exact, joined_attention, suffix_mask
 
 PACKED_ATTENTION = "tartvg_packed"

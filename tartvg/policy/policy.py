@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from tartvg.config import PolicyConfig, SamplingConfig
 from tartvg.data.clips import ClipReader
 from tartvg.data.video import Clip
-from tartvg.policy.cache import CAUSAL, SHARED_PREFIX_ATTENTION, DecodeCache, PrefixCache, attending_by
 from tartvg.policy.disk_cache import DiskCache, tower_identity
 from tartvg.policy.features import FeatureCache, VideoFeatures, video_key
 from tartvg.policy.inputs import PromptInputs, clip_patches, encode_prompt
+from tartvg.policy.kv_cache import CAUSAL, SHARED_PREFIX_ATTENTION, DecodeCache, PrefixCache, attending_by
 from tartvg.policy.loading import ADAPTER, REFERENCE, load_adapter, load_base, new_adapter
 from tartvg.policy.packed import packed_states
 from tartvg.policy.prefix_attention import suffix_states

@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tartvg.policy.cache import CAUSAL, ExpandedCache, PrefixCache, attending_by
+from tartvg.policy.kv_cache import CAUSAL, ExpandedCache, PrefixCache, attending_by
 
 PREFIX_ATTENTION = "tartvg_prefix"
 
@@ -165,7 +165,7 @@ def is_exact(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether joined attention runs here and agrees with attention over copies, in values and gradients.
 
     Agreement is to 1e-5 (float32) or 2e-2 (16 bits) of the largest number. Asked once per device and type, with real
-    numbers also where the caller's have none (`tartvg.policy.footprint`).
+    numbers also where the caller's have none (`tartvg.memory.footprint`).
     """
     if device.type not in KERNELS:
         return False

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tartvg.config import SettingError
-from tartvg.config.jobs import FINISHED, JOB, RUNNING, Job, differing, jobs_below, read_job, value_of
-from tartvg.config.sweeps import axes, cells
+from tartvg.launch.sweep_files import axes, cells
+from tartvg.launch.sweeps import FINISHED, JOB, RUNNING, Job, differing, jobs_below, read_job, value_of
 from tartvg.report.runs import ALL_STAGES, RunFolder, config_of, is_moved_aside, planned_targets, read_run
 
 NOT_RUN = "not run"

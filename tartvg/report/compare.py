@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from math import sqrt
 from statistics import mean, stdev
 
-from tartvg.config.jobs import FINISHED
 from tartvg.evaluation.score import paired_p_value
+from tartvg.launch.sweeps import FINISHED
 from tartvg.report.cells import Comparison, Entry
 from tartvg.report.paper import METRICS, paper_cells, paper_note, repeats_paper
 from tartvg.report.questions import are_alike, data_label

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from tartvg.config.jobs import FAILED, read_job
+from tartvg.launch.sweeps import FAILED, read_job
 from tartvg.records import write_atomic
 from tartvg.report.alarms import alarms_table
 from tartvg.report.cards import case_html, choose_cases, rollouts_html

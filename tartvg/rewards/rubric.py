@@ -21,7 +21,7 @@ class Rubric:
     reward: RewardConfig
     anchors: AnchorsConfig
 
-    def judge(self, response: Response, sample: GroundingSample) -> RewardBreakdown:
+    def score(self, response: Response, sample: GroundingSample) -> RewardBreakdown:
         """format_weight * format + iou_weight * iou + tar1_weight * TAR1 - beta * TAR2 + gamma * TAR3.
 
         Every term that can be read is paid, even when the format fails. Above `anchors.max` anchors TAR1 and TAR3 see

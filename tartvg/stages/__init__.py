@@ -2,117 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 
 from tartvg.config import Config, SettingError, StageName
-from tartvg.config.processes import TRAINED, is_parallel, is_started
+from tartvg.launch.processes import TRAINED, is_parallel, is_started
 
-
-def _pretrain(config: Config) -> None:
-    from tartvg.stages.pretrain import run_pretrain
-
-    run_pretrain(config)
-
-
-def _rollouts(config: Config) -> None:
-    from tartvg.stages.rollouts import run_rollouts
-
-    run_rollouts(config)
-
-
-def _grpo1(config: Config) -> None:
-    from tartvg.stages.grpo import run_grpo
-
-    run_grpo(config, "grpo1")
-
-
-def _filter(config: Config) -> None:
-    from tartvg.stages.filter import run_filter
-
-    run_filter(config)
-
-
-def _sft(config: Config) -> None:
-    from tartvg.stages.sft import run_sft
-
-    run_sft(config)
-
-
-def _grpo2(config: Config) -> None:
-    from tartvg.stages.grpo import run_grpo
-
-    run_grpo(config, "grpo2")
-
-
-def _evaluate(config: Config) -> None:
-    from tartvg.stages.controls import run_controls
-    from tartvg.stages.evaluate import run_evaluate
-
-    run_evaluate(config)
-    run_controls(config)
-
-
-def _ground(config: Config) -> None:
-    from tartvg.stages.ground import run_ground
-
-    run_ground(config)
-
-
-def _validate(config: Config) -> int:
-    from tartvg.stages.validate import run_validate
-
-    return run_validate(config)
-
-
-def _memory(config: Config) -> None:
-    from tartvg.stages.memory import run_memory
-
-    run_memory(config)
-
-
-def _report(config: Config) -> None:
-    from tartvg.stages.report import run_report
-
-    run_report(config)
-
-
-def _pipeline(config: Config) -> None:
-    from tartvg.training import ranks
-
-    if not config.stage.sequence:
-        raise SettingError("stage.sequence is empty: stage=pipeline needs the stages to run")
-    for name in config.stage.sequence:
-        if name is StageName.pipeline:
-            raise SettingError("stage.sequence must not contain pipeline")
-        if ranks.is_leader():
-            print(f"── {name.value} " + "─" * (60 - len(name.value)))
-        _by_all_who_must(name, config)
-
-
-def _by_all_who_must(name: StageName, config: Config) -> int | None:
-    """All processes train; whatever else there is to do, the leader does, and the others wait for it."""
-    from tartvg.training import ranks
-
-    if name in (*TRAINED, StageName.pipeline):
-        return STAGES[name](config)
-    return ranks.by_leader(lambda: STAGES[name](config))
-
-
-# imports wait for their stage, so that a refusal or a help text does not wait for torch
-STAGES: dict[StageName, Callable[[Config], int | None]] = {
-    StageName.pipeline: _pipeline,
-    StageName.pretrain: _pretrain,
-    StageName.rollouts: _rollouts,
-    StageName.grpo1: _grpo1,
-    StageName.filter: _filter,
-    StageName.sft: _sft,
-    StageName.grpo2: _grpo2,
-    StageName.evaluate: _evaluate,
-    StageName.ground: _ground,
-    StageName.validate: _validate,
-    StageName.memory: _memory,
-    StageName.report: _report,
+STAGES: dict[StageName, str] = {
+    StageName.pretrain: "tartvg.tiny.pretrain:run_pretrain",
+    StageName.rollouts: "tartvg.stages.rollouts:run_rollouts",
+    StageName.grpo1: "tartvg.stages.grpo:run_grpo1",
+    StageName.filter: "tartvg.stages.filter:run_filter",
+    StageName.sft: "tartvg.stages.sft:run_sft",
+    StageName.grpo2: "tartvg.stages.grpo:run_grpo2",
+    StageName.evaluate: "tartvg.stages.evaluate:run_evaluate",
+    StageName.ground: "tartvg.stages.ground:run_ground",
+    StageName.validate: "tartvg.stages.check_data:run_check_data",
+    StageName.memory: "tartvg.stages.memory:run_memory",
+    StageName.report: "tartvg.stages.report:run_report",
 }
+"""What runs each stage, as `module:function`; imported when the stage runs, as most of them import torch."""
 
 
 def run(config: Config) -> int | None:
@@ -121,11 +29,44 @@ def run(config: Config) -> int | None:
 
     quiet_libraries()
     if not is_started() and not is_parallel(config):
-        return STAGES[config.stage.name](config)
-    from tartvg.training import ranks
+        return run_stage(config.stage.name, config)
+    from tartvg.training import distributed
 
-    ranks.join(config.trainer)
+    distributed.init(config.trainer)
     try:
-        return _by_all_who_must(config.stage.name, config)
+        return run_on_ranks(config.stage.name, config)
     finally:
-        ranks.leave()
+        distributed.destroy()
+
+
+def run_stage(name: StageName, config: Config) -> int | None:
+    """Run one stage, or all of `stage.sequence` for the pipeline, in this process."""
+    if name is StageName.pipeline:
+        run_pipeline(config)
+        return None
+    module, _, function = STAGES[name].partition(":")
+    code: int | None = getattr(import_module(module), function)(config)
+    return code
+
+
+def run_pipeline(config: Config) -> None:
+    """Run the stages of `stage.sequence`, one after another."""
+    from tartvg.training import distributed
+
+    if not config.stage.sequence:
+        raise SettingError("stage.sequence is empty: stage=pipeline needs the stages to run")
+    for name in config.stage.sequence:
+        if name is StageName.pipeline:
+            raise SettingError("stage.sequence must not contain pipeline")
+        if distributed.is_rank_zero():
+            print(f"── {name.value} " + "─" * (60 - len(name.value)))
+        run_on_ranks(name, config)
+
+
+def run_on_ranks(name: StageName, config: Config) -> int | None:
+    """Run a training stage on all ranks and any other on rank 0, for which the others wait."""
+    from tartvg.training import distributed
+
+    if name in (*TRAINED, StageName.pipeline):
+        return run_stage(name, config)
+    return distributed.on_rank_zero(lambda: run_stage(name, config))

@@ -7,8 +7,8 @@ from typing import Any
 
 from tartvg.config import Config, SettingError
 from tartvg.stages.common import keep_before, prompts_of
-from tartvg.training import ranks
-from tartvg.training.selection import ROWS, Questions, Selection
+from tartvg.training import distributed
+from tartvg.training.validation import ROWS, Questions, Selection
 
 
 def selection_key(config: Config) -> dict[str, Any]:
@@ -24,12 +24,12 @@ def selection_of(config: Config, folder: Path, max_steps: int) -> Selection | No
     settings = config.selection
     if not settings.every:
         return None
-    with ranks.leader_first():
+    with distributed.rank_zero_first():
         prompts = prompts_of(config, settings.split)[: settings.num_queries]
     if not all(p.sample.windows for p in prompts):
         what = f"dataset={config.dataset.name.value}, split {settings.split}"
         raise SettingError(f"selection.every: {what}, has queries without a label")
-    if ranks.is_leader():
+    if distributed.is_rank_zero():
         keep_before(folder / ROWS, max_steps + 1)
     questions = Questions(settings, prompts, config.grpo.sampling, config.evaluate.batch_size)
     return Selection(questions, folder, max_steps)

@@ -11,7 +11,6 @@ from tartvg.config import Config, SettingError
 from tartvg.config.choices import ZERO3
 from tartvg.data.clips import ClipReader
 from tartvg.data.datasets import load_samples
-from tartvg.policy.allocator import keep_freed_memory
 from tartvg.policy.features import FeatureCache
 from tartvg.policy.loading import ADAPTER_FILE, EMBEDDED_TINY, base_path
 from tartvg.policy.policy import Policy
@@ -23,13 +22,6 @@ from tartvg.types import Prompt
 BASE = "base"
 QUARANTINE = "quarantine.jsonl"
 """In the run's folder: videos that could not be decoded, and why."""
-
-
-def set_up(config: Config) -> None:
-    """Process-wide settings that make a CPU run reproducible and quick."""
-    keep_freed_memory()
-    torch.set_num_threads(config.trainer.num_threads)
-    torch.use_deterministic_algorithms(True, warn_only=config.trainer.accelerator != "cpu")
 
 
 def prompts_of(config: Config, split: str) -> list[Prompt]:

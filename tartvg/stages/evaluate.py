@@ -23,14 +23,16 @@ from tartvg.evaluation.score import ALL_THRESHOLDS, Conventions, score, scorecar
 from tartvg.evaluation.submission import submission
 from tartvg.policy.policy import Policy, stream_seed
 from tartvg.policy.sampling import greedy
+from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atomic, write_jsonl
-from tartvg.stages.common import adapter_of, base_identity, load_policy, prompts_of, set_up
+from tartvg.stages.common import adapter_of, base_identity, load_policy, prompts_of
+from tartvg.stages.controls import run_controls
 from tartvg.stages.folder import PATIENCE_S, StageFolder, fingerprint, run_dir
 from tartvg.stages.quiet import quiet_libraries
 from tartvg.stages.shards import are_complete, batch_files, helpers, is_orphan, missing_of
 from tartvg.stages.shared import data_identity
 from tartvg.tracking import Tracker
-from tartvg.training.measures import decodable
+from tartvg.training.probes import decodable
 from tartvg.types import Prediction, Prompt, Scorecard
 
 BATCHES = "batches"
@@ -38,11 +40,12 @@ BATCHES = "batches"
 
 
 def run_evaluate(config: Config) -> None:
-    """Score every target of `evaluate.targets` into `<run>/evaluate/<target>/`."""
+    """Score every target of `evaluate.targets` into `<run>/evaluate/<target>/`, then run the faithfulness controls."""
     refuse_equal_labels(config.evaluate.targets)
-    set_up(config)
+    set_up_torch(config.trainer)
     for target in config.evaluate.targets:
         _evaluate(config, target)
+    run_controls(config)
 
 
 def _evaluate(config: Config, target: str) -> None:
@@ -119,7 +122,7 @@ def work_on_shard(config: Config, target: str, folder: Path, shard: int, parent:
     if not missing_of(files, shard, count):
         return
     quiet_libraries()
-    set_up(config)
+    set_up_torch(config.trainer)
     if config.trainer.accelerator == "gpu":
         torch.cuda.set_device(shard % torch.cuda.device_count())
     policy = load_policy(config, adapter_of(config, target)).eval()

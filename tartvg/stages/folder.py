@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from tartvg.config import Config, SettingError
 from tartvg.records import to_json, write_atomic
 from tartvg.stages.shared import SharedStage, identity, result_files
-from tartvg.training import ranks
+from tartvg.training import distributed
 
 MANIFEST = "manifest.json"
 PATIENCE_S = 60.0
@@ -113,21 +113,21 @@ class StageFolder:
         Of several processes that train together the leader decides and writes, and all leave together. Raises
         SettingError when another process is in the folder and stays for `patience_s` seconds.
         """
-        if not ranks.is_leader():
-            yield bool(ranks.heard())
-            ranks.heard()
+        if not distributed.is_rank_zero():
+            yield bool(distributed.receive())
+            distributed.receive()
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
-            with ranks.failing_together():
+            with distributed.failing_together():
                 stack.enter_context(self._lock(patience_s))
                 shared = stack.enter_context(self._claimed())
                 is_needed = not self._is_there(shared)
                 before = self._enter() if is_needed else 0.0
-            ranks.told(is_needed)
+            distributed.broadcast(is_needed)
             if not is_needed:
                 yield False
-                ranks.told(0)
+                distributed.broadcast(0)
                 return
             start = time.monotonic()
             try:
@@ -136,11 +136,11 @@ class StageFolder:
                 with suppress(OSError):  # of a full disk, say: what happened first is what is told
                     self._write(finished=False, seconds=before + time.monotonic() - start)
                 raise
-            with ranks.failing_together():
+            with distributed.failing_together():
                 self._write(finished=True, seconds=before + time.monotonic() - start)
                 if shared is not None:
                     shared.put(self.folder)
-            ranks.told(0)
+            distributed.broadcast(0)
 
     @contextmanager
     def _claimed(self) -> Iterator[SharedStage | None]:

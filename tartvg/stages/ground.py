@@ -10,10 +10,11 @@ from tartvg.data.clips import decode_isolated
 from tartvg.data.packets import VideoError
 from tartvg.policy.loading import ADAPTER_FILE
 from tartvg.policy.sampling import greedy
+from tartvg.policy.torch_setup import set_up_torch
 from tartvg.prompts import build_prompt
 from tartvg.report.strips import film_strip
 from tartvg.response import parse_response
-from tartvg.stages.common import adapter_of, load_policy, set_up
+from tartvg.stages.common import adapter_of, load_policy
 from tartvg.stages.folder import run_dir
 from tartvg.types import GroundingSample
 
@@ -34,7 +35,7 @@ def trained_adapter(config: Config) -> Path | None:
 def run_ground(config: Config) -> None:
     """Print anchors and answer, and write `<run>/ground/<video>_<query>.png`."""
     assert config.video is not None and config.query is not None
-    set_up(config)
+    set_up_torch(config.trainer)
     video = Path(config.video)
     try:
         clip = decode_isolated(video, config.policy.frames)

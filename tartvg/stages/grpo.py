@@ -6,18 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from tartvg.config import Config, FilterConfig, GrpoConfig, require
+from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import to_json
 from tartvg.rewards import Rubric
 from tartvg.stages.choice import selection_key, selection_of
-from tartvg.stages.common import adapter_of, base_identity, clip_reader, keep_before, load_policy, prompts_of, set_up
+from tartvg.stages.common import adapter_of, base_identity, clip_reader, keep_before, load_policy, prompts_of
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.stages.memory import refuse_what_cannot_fit
 from tartvg.tracking import Tracker
-from tartvg.training import ranks
+from tartvg.training import distributed
+from tartvg.training.batches import StepDataset, step_loader
 from tartvg.training.faults import FAULTS
 from tartvg.training.grpo_module import GrpoModule
-from tartvg.training.loop import StageRun
-from tartvg.training.plan import StepDataset, step_loader
+from tartvg.training.step import StageRun
 from tartvg.training.trainer import make_trainer
 
 
@@ -28,10 +29,20 @@ def start_adapter(config: Config, stage: str) -> Path | None:
     return adapter_of(config, "sft") if stage == "grpo2" else None
 
 
+def run_grpo1(config: Config) -> None:
+    """Train from the base, or from `init_adapter`."""
+    run_grpo(config, "grpo1")
+
+
+def run_grpo2(config: Config) -> None:
+    """Train from the adapter of sft, or from `init_adapter`."""
+    run_grpo(config, "grpo2")
+
+
 def run_grpo(config: Config, stage: str) -> None:
     """Train one GRPO stage into `<run>/<stage>/`: adapter, rollouts.jsonl, metrics.jsonl, checkpoints."""
-    set_up(config)
-    count, per_step = ranks.world_size(), config.grpo.prompts_per_step
+    set_up_torch(config.trainer)
+    count, per_step = distributed.world_size(), config.grpo.prompts_per_step
     require(per_step % count == 0, "grpo.prompts_per_step", f"a multiple of the {count} processes", per_step)
     start = start_adapter(config, stage)
     max_steps = config.grpo.steps_of(stage)
@@ -55,22 +66,24 @@ def own_settings(settings: GrpoConfig) -> GrpoConfig:
 
 
 def _train(config: Config, stage: str, folder: Path, start: Path | None, max_steps: int) -> None:
-    with ranks.leader_first():
+    with distributed.rank_zero_first():
         prompts = prompts_of(config, "train")
     refuse_what_cannot_fit(config)
     policy = load_policy(config, start, is_trained=True)
-    run = StageRun.of(config.trainer, stage, folder, config.seed, max_steps, config.monitors, config.anchors.target)
+    run = StageRun.from_config(
+        config.trainer, stage, folder, config.seed, max_steps, config.monitors, config.anchors.target
+    )
     rubric = Rubric(config.reward, config.anchors)
-    is_leader = ranks.is_leader()
-    tracker = Tracker(folder, config.tracking, config.name, stage, to_json(config), config.seed, is_active=is_leader)
+    is_rank_zero = distributed.is_rank_zero()
+    tracker = Tracker(folder, config.tracking, config.name, stage, to_json(config), config.seed, is_active=is_rank_zero)
     module = GrpoModule(policy, rubric, config.grpo, config.anchors, run, tracker)
     module.selection = selection_of(config, folder, max_steps)
     tracker.resume_at(module.start_step)
-    if is_leader:
+    if is_rank_zero:
         keep_before(folder / "rollouts.jsonl", module.start_step)
         keep_before(folder / FAULTS, module.start_step)
     frames = config.policy.frames if config.trainer.num_workers else None
-    share = (ranks.rank(), ranks.world_size())
+    share = (distributed.rank(), distributed.world_size())
     steps = StepDataset(
         prompts, config.grpo.prompts_per_step, config.seed, module.start_step, max_steps, frames, clip_reader(config),
         share,

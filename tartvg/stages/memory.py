@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tartvg.config import Config, SettingError
-from tartvg.training import memory
+from tartvg.memory import plan as memory
 
 
 def run_memory(config: Config) -> None:

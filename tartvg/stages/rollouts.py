@@ -11,21 +11,22 @@ import torch
 
 from tartvg.config import Config
 from tartvg.grpo.metrics import rollout_metrics
+from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import read_jsonl, to_json
 from tartvg.rewards import Rubric
-from tartvg.stages.common import base_identity, keep_before, load_policy, prompts_of, set_up
+from tartvg.stages.common import base_identity, keep_before, load_policy, prompts_of
 from tartvg.stages.folder import StageFolder, run_dir
 from tartvg.tracking import Tracker
+from tartvg.training.batches import StepDataset
 from tartvg.training.grpo_module import GrpoModule
-from tartvg.training.loop import StageRun
-from tartvg.training.plan import StepDataset
+from tartvg.training.step import StageRun
 
 STAGE = "rollouts"
 
 
 def run_rollouts(config: Config) -> None:
     """Write `<run>/rollouts/rollouts.jsonl` and its metrics; interrupted, it goes on with the next step."""
-    set_up(config)
+    set_up_torch(config.trainer)
     max_steps, settings = config.grpo.max_steps, config.grpo
     key = {
         "policy": config.policy, "dataset": config.dataset, "reward": config.reward, "prompt": config.anchors.prompt,

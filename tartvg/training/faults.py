@@ -13,7 +13,7 @@ from typing import Any
 
 from tartvg.config import SettingError
 from tartvg.records import append_jsonl, dumps, write_jsonl
-from tartvg.training import ranks
+from tartvg.training import distributed
 
 FAULTS = "faults.jsonl"
 
@@ -58,9 +58,9 @@ class Faults:
 
     def share(self) -> None:
         """Record what happened to the other processes. All of them call it."""
-        if ranks.world_size() == 1:
+        if distributed.world_size() == 1:
             return
-        for line in ranks.gather(self.own):
+        for line in distributed.all_gather_lines(self.own):
             self.record(**json.loads(line))
         self.own.clear()
 

@@ -24,11 +24,11 @@ from tartvg.records import append_jsonl, group_from_json, to_json
 from tartvg.response import parse_response
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
-from tartvg.training import ranks
-from tartvg.training.fitting import WHOLE, NothingFits, fit_rows, merge_parts
-from tartvg.training.loop import StageRun, StepModule
-from tartvg.training.measures import Row, control_rows, drift_rows, is_due, measured, rows_of, sampler_gap
-from tartvg.training.plan import StepBatch
+from tartvg.training import distributed
+from tartvg.training.batches import StepBatch
+from tartvg.training.out_of_memory import WHOLE, NothingFits, fit_rows, merge_parts
+from tartvg.training.probes import Row, control_rows, drift_rows, is_due, measured, rows_of, sampler_gap
+from tartvg.training.step import StageRun, StepModule
 from tartvg.types import Completion, Prompt, Rollout, RolloutGroup
 
 Parts = list[tuple[dict[str, Tensor], int]]
@@ -36,7 +36,7 @@ Parts = list[tuple[dict[str, Tensor], int]]
 
 
 @dataclass(frozen=True)
-class GroupWork:
+class TrainingGroup:
     """One group to learn from, with everything that the updates have in common."""
 
     place: int
@@ -57,7 +57,7 @@ class Experience:
 
     drawn: list[tuple[int, RolloutGroup]]
     """All its groups, with their places."""
-    works: list[GroupWork]
+    works: list[TrainingGroup]
     rows: list[Row]
     """What was measured for the monitors: so many kinds of rows, each with one row per group of `works`."""
 
@@ -79,7 +79,7 @@ class GrpoModule(StepModule):
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
         """Everything without gradient: rollouts, rewards, reference. Not in the step, see `Engine.whole`."""
         self.begin_step(batch.step)
-        self.experience = self.with_whole_weights(lambda: self.explore(batch))
+        self.experience = self.with_whole_weights(lambda: self.collect_experience(batch))
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One step of Algorithm 1: what was drawn is learned from, recorded and measured."""
@@ -92,13 +92,13 @@ class GrpoModule(StepModule):
 
     # -- the steps of the step ---------------------------------------------------------------------------------------
 
-    def explore(self, batch: StepBatch) -> Experience:
+    def collect_experience(self, batch: StepBatch) -> Experience:
         """Rollouts of this process's prompts, what the reference thinks of them, and what monitors ask.
 
         No process waits for another here.
         """
         drawn = self.rollout(self.prepare(batch), batch.step)
-        kept = [each for each in drawn if self.teaches(each[2])]
+        kept = [each for each in drawn if self.has_reward_spread(each[2])]
         at_least = 2 if self.engine.is_even else 1  # one token alone needs one pass fewer
         device = self.policy.device
         prepared = [prompt for _, prompt, _ in kept]
@@ -106,7 +106,7 @@ class GrpoModule(StepModule):
         references = self.reference_logps(prepared, tokens)
         rows = self.measure(prepared, tokens, references, batch.step)
         works = [
-            GroupWork(place, prompt, group, batch_of, reference, torch.zeros_like(batch_of.logps))
+            TrainingGroup(place, prompt, group, batch_of, reference, torch.zeros_like(batch_of.logps))
             for (place, prompt, group), batch_of, reference in zip(kept, tokens, references, strict=True)
         ]
         return Experience([(place, group) for place, _, group in drawn], works, rows)
@@ -116,14 +116,14 @@ class GrpoModule(StepModule):
         kinds = len(mine.rows) // max(1, len(mine.works))
         return measured(self.of_all([work.place for work in mine.works] * kinds, mine.rows))
 
-    def teaches(self, group: RolloutGroup) -> bool:
+    def has_reward_spread(self, group: RolloutGroup) -> bool:
         """Whether a group is trained on: with `drop_zero_variance`, one whose rewards differ."""
         return not self.settings.drop_zero_variance or len({r.reward.total for r in group.rollouts}) > 1
 
     def learn(self, mine: Experience, step: int) -> dict[str, float]:
         """Advantages, and `num_iterations` updates on the rollouts; their metrics."""
         works = mine.works
-        num_drawn, num_works = map(int, ranks.total(len(mine.drawn), len(works)))
+        num_drawn, num_works = map(int, distributed.all_reduce_sum(len(mine.drawn), len(works)))
         if not num_works:
             return self.nothing_to_learn(step, is_fault=not num_drawn)
         advantages = [self.advantages(work.group) for work in works]
@@ -146,7 +146,7 @@ class GrpoModule(StepModule):
             except NothingFits:
                 return metrics | self.nothing_to_learn(step, is_fault=True)
             metrics |= self.loss_metrics([work.place for work in works], parts)
-            self.judge_update(step, metrics, partial(self.suspects, works, advantages, parts))
+            self.judge_update(step, metrics, partial(self.offending_groups, works, advantages, parts))
         return metrics
 
     def prepare(self, batch: StepBatch) -> list[tuple[int, PreparedPrompt]]:
@@ -159,14 +159,14 @@ class GrpoModule(StepModule):
                 print(f"step {batch.step}: training goes on without {prompt.sample.sample_id}: {error}")
         return prepared
 
-    def normaliser(self, works: Sequence[GroupWork]) -> float | None:
+    def normaliser(self, works: Sequence[TrainingGroup]) -> float | None:
         """The tokens of all groups of all processes, where the loss is a mean over tokens; else None.
 
         The other aggregations divide by constants: the mean over groups is right for them.
         """
         if self.settings.aggregation is not Aggregation.token_mean:
             return None
-        return max(1.0, ranks.total(sum(float(self.mask(w.tokens, w.group).sum()) for w in works))[0])
+        return max(1.0, distributed.all_reduce_sum(sum(float(self.mask(w.tokens, w.group).sum()) for w in works))[0])
 
     def mask(self, tokens: TokenBatch, group: RolloutGroup) -> Tensor:
         """The tokens that count in the loss: bool (G, T)."""
@@ -185,9 +185,9 @@ class GrpoModule(StepModule):
     def all_groups(self, mine: Experience) -> list[RolloutGroup]:
         """The groups of all processes, in the order of a single one."""
         groups = [group for _, group in mine.drawn]
-        if ranks.world_size() == 1:
+        if distributed.world_size() == 1:
             return groups
-        rows = self.of_all([place for place, _ in mine.drawn], list(map(light, groups)))
+        rows = self.of_all([place for place, _ in mine.drawn], list(map(with_rounded_logps, groups)))
         return [group_from_json(row) for row in rows]
 
     def of_all(self, places: Sequence[int], rows: Sequence[Any]) -> list[Any]:
@@ -195,9 +195,11 @@ class GrpoModule(StepModule):
 
         Numbers that are not finite stay what they are: the words NaN and Infinity are no JSON, but Python's own.
         """
-        if ranks.world_size() == 1:
+        if distributed.world_size() == 1:
             return list(rows)
-        lines = ranks.gather([json.dumps(to_json([place, row])) for place, row in zip(places, rows, strict=True)])
+        lines = distributed.all_gather_lines(
+            [json.dumps(to_json([place, row])) for place, row in zip(places, rows, strict=True)]
+        )
         return [row for _, row in sorted(map(json.loads, lines), key=lambda pair: int(pair[0]))]
 
     def rollout(
@@ -209,7 +211,7 @@ class GrpoModule(StepModule):
         for start in range(0, len(found), size):
             kept += self.sample_fitting(found[start : start + size], step)
         with self.policy.timer("reward"):
-            return [(place, p, self.judge(p.prompt, group, step)) for place, p, group in kept]
+            return [(place, p, self.score(p.prompt, group, step)) for place, p, group in kept]
 
     def sample_fitting(
         self, found: Sequence[tuple[int, PreparedPrompt]], step: int
@@ -234,12 +236,12 @@ class GrpoModule(StepModule):
             return []
         return [*self.sample_fitting(found[:half], step), *self.sample_fitting(found[half:], step)]
 
-    def judge(self, prompt: Prompt, completions: Sequence[Completion], step: int) -> RolloutGroup:
+    def score(self, prompt: Prompt, completions: Sequence[Completion], step: int) -> RolloutGroup:
         """Responses and rewards of one group."""
         rollouts = []
         for completion in completions:
             response = parse_response(completion.text)
-            rollouts.append(Rollout(completion, response, self.rubric.judge(response, prompt.sample)))
+            rollouts.append(Rollout(completion, response, self.rubric.score(response, prompt.sample)))
         return RolloutGroup(prompt, tuple(rollouts), step)
 
     def advantages(self, group: RolloutGroup) -> Tensor:
@@ -271,7 +273,7 @@ class GrpoModule(StepModule):
         return self.policy.logps(prepared, rows_of(tokens, part), temperature, num_chunks)
 
     def group_loss(
-        self, work: GroupWork, advantages_G: Tensor, parts: Parts, part: slice, *, num_groups: int,
+        self, work: TrainingGroup, advantages_G: Tensor, parts: Parts, part: slice, *, num_groups: int,
         normaliser: float | None = None, num_chunks: int = 0, is_first: bool = True,
     ) -> Tensor:  # fmt: skip
         """The share of some rows of one group in the step's loss; their metrics are appended to `parts`.
@@ -312,8 +314,8 @@ class GrpoModule(StepModule):
                 rows += control_rows(self.policy, prepared, self.settings.sampling, self.is_survivable)
         return rows
 
-    def suspects(
-        self, works: Sequence[GroupWork], advantages: Sequence[Tensor], parts: Sequence[Parts]
+    def offending_groups(
+        self, works: Sequence[TrainingGroup], advantages: Sequence[Tensor], parts: Sequence[Parts]
     ) -> list[dict[str, Any]]:
         """The groups of this process with their losses: what to look at when a step was not finite."""
         return [
@@ -329,8 +331,8 @@ class GrpoModule(StepModule):
 
     def record(self, groups: Sequence[RolloutGroup], step: int) -> None:
         """What the model said, one line per group."""
-        if ranks.is_leader():
-            append_jsonl(self.run.folder / "rollouts.jsonl", [light(g) for g in groups])
+        if distributed.is_rank_zero():
+            append_jsonl(self.run.folder / "rollouts.jsonl", [with_rounded_logps(g) for g in groups])
         if (step + 1) % self.run.checkpoint_every == 0 or step + 1 == self.run.max_steps:
             self.tracker.examples(groups, step)
 
@@ -339,7 +341,7 @@ UNKNOWN_LOGP = -1e9
 """Stands for a log-probability that is not finite."""
 
 
-def light(group: RolloutGroup) -> RolloutGroup:
+def with_rounded_logps(group: RolloutGroup) -> RolloutGroup:
     """The group with rounded log-probabilities: rollouts are read by people and by the filter, not trained on again."""
     rollouts = []
     for rollout in group.rollouts:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from tartvg.records import append_jsonl, flush_to_disk, read_jsonl
-from tartvg.training import ranks
-from tartvg.training.fitting import GroupLoss, fewer_rows
+from tartvg.training import distributed
+from tartvg.training.out_of_memory import GroupLoss, fewer_rows
 
 FOLDER = "retreats"
 
@@ -20,7 +20,7 @@ class Retreats:
     """The retreats of one stage: `<stage>/retreats/<rank>.jsonl`, each process its own file; all are read."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / FOLDER / f"{ranks.rank()}.jsonl"
+        self.path = folder / FOLDER / f"{distributed.rank()}.jsonl"
         files = sorted(self.path.parent.glob("*.jsonl"))
         self.rows = [row for file in files for row in read_jsonl(file, is_partial_allowed=True)]
 

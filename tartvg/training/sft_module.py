@@ -14,11 +14,11 @@ from tartvg.config import SftConfig
 from tartvg.data.packets import VideoError
 from tartvg.policy.policy import PreparedPrompt, TokenBatch, token_batch
 from tartvg.records import to_json
-from tartvg.training import ranks
-from tartvg.training.fitting import GroupLoss, NothingFits
-from tartvg.training.loop import StepModule
-from tartvg.training.measures import rows_of
-from tartvg.training.plan import permutation
+from tartvg.training import distributed
+from tartvg.training.batches import permutation
+from tartvg.training.out_of_memory import GroupLoss, NothingFits
+from tartvg.training.probes import rows_of
+from tartvg.training.step import StepModule
 from tartvg.types import Completion, Prompt, Trace
 
 Query = tuple[Prompt, list[Trace]]
@@ -84,7 +84,7 @@ class SftModule(StepModule):
 
     def training_step(self, batch: TraceBatch, batch_idx: int) -> None:
         """Minimise -log p(trace | prompt)."""
-        num_tokens = int(ranks.total(sum(int(tokens.mask.sum()) for _, _, tokens in self.kept))[0])
+        num_tokens = int(distributed.all_reduce_sum(sum(int(tokens.mask.sum()) for _, _, tokens in self.kept))[0])
         chunks = self.even_chunks([tokens for _, _, tokens in self.kept])
         groups = [self.group_loss(prepared, tokens, num_tokens, chunks) for _, prepared, tokens in self.kept]
         try:
@@ -93,12 +93,12 @@ class SftModule(StepModule):
         except NothingFits:
             self.end_step(batch.step, self.nothing_to_learn(batch.step, is_fault=True))
             return
-        loss = ranks.total(sum(float(part) for group in groups for part in group.parts))[0] / num_tokens
+        loss = distributed.all_reduce_sum(sum(float(part) for group in groups for part in group.parts))[0] / num_tokens
         metrics = {"loss/total": loss, "optim/grad_norm": norm}
-        self.judge_update(batch.step, metrics, partial(self.suspects, groups))
+        self.judge_update(batch.step, metrics, partial(self.offending_groups, groups))
         self.end_step(batch.step, metrics)
 
-    def suspects(self, groups: Sequence[GroupLoss]) -> list[dict[str, Any]]:
+    def offending_groups(self, groups: Sequence[GroupLoss]) -> list[dict[str, Any]]:
         """The queries of this process with their losses: what to look at when a step was not finite."""
         return [
             {

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
 from tartvg.config import TrainerConfig
-from tartvg.training.strategies import make_strategy
+from tartvg.training.deepspeed import make_strategy
 
 
 class StageBar(TQDMProgressBar):

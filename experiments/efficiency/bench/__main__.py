@@ -1,0 +1,83 @@
+"""Speed and memory beside other engines: tables, bench.json and bench.png.
+
+python -m experiments.efficiency.bench [update rollout memory phases sweep gpu] --out runs/bench
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from experiments.efficiency.bench.gpu import measure_gpu
+from experiments.efficiency.bench.plot import draw
+from experiments.efficiency.bench.questions import Bench, ask_memory, ask_phases, ask_rollout, ask_sweep, ask_update
+from experiments.efficiency.bench.shapes import SMALL, SMALLER
+from tartvg.policy.torch_setup import keep_freed_memory
+from tartvg.records import write_atomic
+
+SHAPES = {shape.hidden: shape for shape in (SMALL, SMALLER)}
+QUESTIONS = ("update", "rollout", "memory", "phases", "sweep", "gpu")
+
+
+def main() -> None:
+    """Ask the questions in order; each answer is kept as soon as it is there."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.efficiency.bench", description=__doc__)
+    parser.add_argument("questions", nargs="*", choices=[*QUESTIONS, []], default=[], metavar="|".join(QUESTIONS))
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--repeats", type=int, default=3, help="measured turns of each call")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of torch")
+    parser.add_argument("--hidden", type=int, choices=SHAPES, default=SMALL.hidden, help="width of the model")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(arguments.out, arguments.repeats, arguments.device, SHAPES[arguments.hidden])
+    answers: dict[str, Any] = {"machine": _machine(arguments)}
+    print(" · ".join(f"{key} {value}" for key, value in answers["machine"].items()) + "\n")
+    for question in arguments.questions or QUESTIONS:
+        if question == "gpu" and not torch.cuda.is_available():
+            print("gpu: no CUDA device here, skipped")
+            continue
+        answers[question] = _ask(question, bench)
+        write_atomic(arguments.out / "bench.json", json.dumps(answers, indent=1) + "\n")
+    draw(answers, arguments.out / "bench.png")
+
+
+def _ask(question: str, bench: Bench) -> dict[str, Any]:
+    if question == "update":
+        has_trl = importlib.util.find_spec("trl") is not None
+        if not has_trl:
+            print("TRL is not installed (pip install 'tartvg[bench]'): the comparison goes without it")
+        return ask_update(bench, with_trl=has_trl)
+    if question == "gpu":
+        return measure_gpu(bench.folder)
+    asks: dict[str, Callable[[Bench], dict[str, Any]]] = {
+        "rollout": ask_rollout, "memory": ask_memory, "phases": ask_phases, "sweep": ask_sweep,
+    }  # fmt: skip
+    return asks[question](bench)
+
+
+def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    load = os.getloadavg()[0]
+    names = ("torch", "transformers", "peft")
+    return {
+        "cores": os.cpu_count(), "threads": arguments.threads, "load at the start": round(load, 1),
+        "hidden": arguments.hidden, "processor": platform.machine(), **{name: version(name) for name in names},
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

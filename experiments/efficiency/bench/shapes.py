@@ -1,0 +1,128 @@
+"""What is measured: Qwen2.5-VL of any size with random weights, and prompts and completions of exact lengths.
+
+Legend: P prompt tokens, C completion tokens, G rollouts per prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from tartvg.config import FramesConfig, PolicyConfig, Precision
+from tartvg.policy.features import VideoFeatures
+from tartvg.policy.inputs import ClipPatches, PromptInputs
+from tartvg.policy.loading import DTYPES
+from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
+from tartvg.policy.positions import prompt_positions
+from tartvg.tiny.model import build_tokenizer, tiny_config
+from tartvg.types import GroundingSample, Prompt, Span
+
+TEXT_BEFORE = 16
+"""Text tokens before the video; at least as many follow it."""
+PATCH_WIDTH = 3 * 2 * 14 * 14
+FRAMES = FramesConfig(min_frames=4, max_frames=768, min_pixels=12544, max_pixels=12544)
+"""112 x 112 pixels: 16 tokens a second."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the language model and, where they differ from the tiny tower's, of the tower."""
+
+    hidden: int
+    layers: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int | None = None
+    """null: the tokenizer's."""
+    vision: dict[str, Any] = field(default_factory=dict)
+
+
+SMALL = Shape(hidden=512, layers=6, intermediate=1536, heads=8, kv_heads=2)
+"""Its cost is in its layers, not in Python or the head, and it fits a laptop."""
+SMALLER = Shape(hidden=256, layers=6, intermediate=768, heads=4, kv_heads=2)
+"""A third of it; at a thousand tokens attention, which sharing saves less of, is a third of its work."""
+QWEN_3B = Shape(
+    2048, 36, 11008, 16, 2, 151936,
+    dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31]),
+)  # fmt: skip
+
+
+def build_policy(
+    shape: Shape, folder: Path, *, precision: Precision = Precision.fp32, device: str = "cpu", **settings: Any
+) -> Policy:
+    """A policy of that shape with random weights, loaded from `folder` like any other base."""
+    if not (folder / "config.json").is_file():
+        _write_base(shape, folder, precision, device)
+    policy = Policy(PolicyConfig(name="bench", path=str(folder), precision=precision, frames=FRAMES, **settings))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:  # a fresh adapter is the identity, and half of its gradient is zero
+            parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    policy.to(torch.device(device))
+    policy.train()
+    return policy
+
+
+def _write_base(shape: Shape, folder: Path, precision: Precision, device: str) -> None:
+    tokenizer = build_tokenizer(["<think> the red circle </think><answer>1.00 to 2.00</answer>"] * 3)
+    config = tiny_config(tokenizer).to_dict()
+    text, width = config["text_config"], shape.hidden // shape.heads
+    del text["layer_types"]
+    sections = [width // 2 - 2 * (3 * width // 16), 3 * width // 16, 3 * width // 16]  # 16, 24, 24 of 64, as released
+    text.update(
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary or len(tokenizer),
+        max_position_embeddings=32768,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=sections),
+    )
+    config["vision_config"].update(shape.vision, out_hidden_size=shape.hidden)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+    model.to(DTYPES[precision])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_prompt(policy: Policy, length: int, steps: int = 1, seed: int = 0) -> tuple[PreparedPrompt, ClipPatches]:
+    """A prompt of exactly `length` tokens around a random video of `steps` grid steps, and the video's patches."""
+    generator = torch.Generator().manual_seed(seed)
+    per_step = (length - 2 * TEXT_BEFORE) // steps
+    if per_step < 1:
+        raise ValueError(f"a prompt of {length} tokens has no room for {steps} video tokens")
+    rows = math.isqrt(per_step)
+    grid = (steps, 2 * rows, 2 * (per_step // rows))
+    num_video = grid[0] * grid[1] * grid[2] // 4
+    num_after = length - TEXT_BEFORE - num_video
+    video_id = policy.core.config.video_token_id
+    text = torch.randint(100, 200, (length,), generator=generator)
+    is_video = torch.zeros(length, dtype=torch.bool)
+    is_video[TEXT_BEFORE : TEXT_BEFORE + num_video] = True
+    positions = prompt_positions(TEXT_BEFORE, num_after, grid, 1.0, policy.tokens_per_second)
+    clip = ClipPatches(torch.randn(4 * num_video, PATCH_WIDTH, generator=generator), grid, 1.0)
+    with torch.no_grad():
+        features = VideoFeatures(policy._encode(clip.patches, grid), grid, 1.0, float(steps))
+    sample = GroundingSample("bench", Path("absent.mp4"), "bench", (Span(0, 1),), float(steps), "train")
+    inputs = PromptInputs(torch.where(is_video, video_id, text), positions, is_video)
+    return PreparedPrompt(Prompt(sample, "bench"), inputs, features), clip
+
+
+def make_tokens(policy: Policy, item: PreparedPrompt, group: int, completion: int, seed: int = 0) -> TokenBatch:
+    """G random completions of C tokens, as if a slightly older policy had drawn them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(100, 200, (group, completion), generator=generator).to(policy.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        logps = policy.logps(item, TokenBatch(ids, mask, torch.zeros(ids.shape, device=policy.device)))
+    noise = 0.1 * torch.randn(ids.shape, generator=generator)
+    return TokenBatch(ids, mask, logps + noise.to(policy.device))

@@ -1,0 +1,32 @@
+"""Process-wide settings of torch and of the allocator that a stage makes before it computes."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from tartvg.config import TrainerConfig
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+
+
+def set_up_torch(settings: TrainerConfig) -> None:
+    """Make a CPU run reproducible and quick."""
+    keep_freed_memory()
+    torch.set_num_threads(settings.num_threads)
+    torch.use_deterministic_algorithms(True, warn_only=settings.accelerator != "cpu")
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's malloc to reuse large blocks; False where there is no such allocator.
+
+    By default glibc returns large blocks to the kernel at once, and the next training step pays for every page again.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        mallopt = libc.mallopt
+    except (OSError, AttributeError):
+        return False
+    limit = 2**31 - 1
+    return bool(mallopt(_MMAP_THRESHOLD, limit) and mallopt(_TRIM_THRESHOLD, limit) and mallopt(_TOP_PAD, 64 << 20))

@@ -1,0 +1,220 @@
+"""pretrain: makes the tiny base, a stand-in for a pretrained model's behaviour. The result ships in the package.
+
+    python run.py stage=pretrain        rebuilds it from nothing; see conf/stage/pretrain.yaml
+
+Four phases: the vision tower learns colours and shapes; the decoder learns to tell when a sentence is true; all of that
+is hidden under the habits of an untuned model, wrong formats and coarse times most of the time; and among these habits
+it learns to look back at what it wrote, so that an answer can equal the last anchor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from tartvg.config import Config, FramesConfig, PlantedConfig, Precision, PromptStyle
+from tartvg.data.scene import COLOURS, PHRASES, SHAPES
+from tartvg.policy.loading import load_base
+from tartvg.policy.torch_setup import set_up_torch
+from tartvg.policy.window_attention import WINDOW_ATTENTION
+from tartvg.prompts import build_prompt
+from tartvg.tiny.lessons import Answer, Footage, echo, exact, habit, habitual, late_habitual, load_footage, repetition
+from tartvg.tiny.loop import StepLosses, run_phase
+from tartvg.tiny.model import build_tiny
+from tartvg.tiny.sight import AnswerOf, Lesson, Sight, collate, make_lesson, text_loss, total
+from tartvg.tiny.tower import TowerLoss, grids_of, tower_accuracy, tower_features, tower_step
+from tartvg.types import GroundingSample, Span
+
+FRAMES = FramesConfig(fps=2.0, min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
+QUICK_PROMPT = 'When does "{query}" happen in the video?'
+HORIZON = 1.25
+"""The perception phase stops before its schedule ends; the habit phase goes on with a learning rate of its own."""
+PROMPT_MIX = ((2, PromptStyle.tar, 0.5), (1, PromptStyle.tar, 0.15), (3, PromptStyle.tar, 0.15))
+"""Anchors asked for and style; the rest are the TimeZero prompt."""
+
+
+def prompt_text(config: Config, query: str, target: int, style: PromptStyle) -> str:
+    """The prompt of the stages for a query."""
+    anchors = replace(config.anchors, target=target, max=max(target, config.anchors.max), prompt=style)
+    return build_prompt(GroundingSample("", Path(), query, (), 0.0, "train"), anchors).text
+
+
+def mixed_prompt(config: Config, rng: np.random.Generator) -> Callable[[str], str]:
+    """One of the prompts that the base may be asked with."""
+    draw = rng.random()
+    for target, style, share in PROMPT_MIX:
+        if draw < share:
+            return lambda query: prompt_text(config, query, target, style)
+        draw -= share
+    return lambda query: prompt_text(config, query, 2, PromptStyle.timezero)
+
+
+def quick_prompt(query: str) -> str:
+    """The first sentence of the prompt alone: the perception phase is about seeing, not reading."""
+    return QUICK_PROMPT.format(query=query)
+
+
+def corpus(config: Config) -> list[str]:
+    """Texts for the tokenizer: all prompts and habits, and every word of the scenes."""
+    rng = np.random.default_rng(0)
+    texts = []
+    for phrases in PHRASES.values():
+        for phrase in phrases:
+            for i, colour in enumerate(COLOURS):
+                query = phrase.format(c=colour, s=SHAPES[i % len(SHAPES)], d=list(COLOURS)[(i + 1) % len(COLOURS)])
+                texts += [quick_prompt(query), mixed_prompt(config, rng)(query)]
+                texts += [
+                    habit(Span(float(rng.integers(0, 20)), float(rng.integers(20, 40))), 40.0, rng) for _ in range(4)
+                ]
+    return texts
+
+
+def run_pretrain(config: Config) -> None:
+    """Write the tiny base to `pretrain.output` in Hugging Face format. Interrupted, it continues."""
+    set_up_torch(config.trainer)
+    settings = config.pretrain
+    output = Path(settings.output)
+    phases = output / "phases"
+    phases.mkdir(parents=True, exist_ok=True)
+    planted = PlantedConfig(num_train=settings.num_videos, num_val=60, num_test=1, queries_per_video=8, seed=7)
+    train, held_out = (load_footage(Path(config.dataset.root), planted, s, FRAMES) for s in ("train", "val"))
+    model, tokenizer = _begin(config)
+    model.model.visual.config._attn_implementation = WINDOW_ATTENTION
+    if not settings.start:
+        _tower_phase(config, model, tokenizer, (train, held_out), phases)
+    school = School(config, model, tokenizer, train)
+
+    def phase(name: str, steps: int, peak: float, losses: StepLosses, horizon: float = 1.0) -> None:
+        run_phase(name, [model, school.sight.heads], _is_tower, steps, peak, config.seed, phases, losses, horizon)
+
+    batch = settings.batch_size
+    if not settings.start:
+        phase("perception", settings.perception_steps, settings.lr, school.perception(batch), HORIZON)
+        phase("habit", settings.habit_steps, settings.habit_lr, school.habit(batch))
+    phase("repeat", settings.repeat_steps, settings.habit_lr, school.repeat(batch // 2))
+    _save(config, model, tokenizer, output)
+
+
+def _begin(config: Config) -> tuple[Any, Any]:
+    """An untrained model, or the one in `pretrain.start`."""
+    start = config.pretrain.start
+    if not start:
+        return build_tiny(corpus(config), config.seed)
+    policy = replace(config.policy, path=start, precision=Precision.fp32)
+    model, tokenizer = load_base(policy)
+    return model.train().requires_grad_(True), tokenizer
+
+
+def _tower_phase(
+    config: Config, model: Any, tokenizer: Any, footage: tuple[list[Footage], list[Footage]], phases: Path
+) -> None:
+    loss_of = TowerLoss(model, tokenizer)
+    frames, seen = grids_of(footage[0])
+
+    def step(_: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        loss = tower_step(model, loss_of, frames, seen, rng)
+        return loss, {"loss": float(loss.detach())}
+
+    settings = config.pretrain
+    run_phase("tower", [model, loss_of], _is_decoder, settings.tower_steps, settings.lr, config.seed, phases, step)
+    accuracy = tower_accuracy(model, loss_of, *grids_of(footage[1]))
+    print(f"tower: {accuracy:.1%} of held-out seconds read without fault")
+
+
+class School:
+    """A model whose tower is finished, with the footage that it learns from: the lessons of the later phases."""
+
+    def __init__(self, config: Config, model: Any, tokenizer: Any, footage: Sequence[Footage]) -> None:
+        self.config = config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.footage = footage
+        self.sight = Sight(model)
+        with torch.no_grad():
+            self.features = [tower_features(model, f.frames) for f in footage]
+
+    def perception(self, count: int) -> StepLosses:
+        """When is it true? Exact answers to a short question, about ever longer videos."""
+        steps = HORIZON * self.config.pretrain.perception_steps
+
+        def losses(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+            longest = 8.0 + 32.0 * min(1.0, max(0.0, step / steps - 0.2) / 0.5)
+            return self._judge([self._lesson(longest, quick_prompt, exact, rng) for _ in range(count)])
+
+        return losses
+
+    def habit(self, count: int) -> StepLosses:
+        """Careless answers to the prompts of the stages."""
+
+        def losses(_: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+            return self._judge(self._prompted(count, habitual, rng))
+
+        return losses
+
+    def repeat(self, count: int) -> StepLosses:
+        """The same habits, and answers of which only the last anchor is a guide: some with a video, many without."""
+
+        def losses(_: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+            texts = [self._text(rng) for _ in range(4 * count)]
+            habits, echoes = self._prompted(count, late_habitual, rng), self._prompted(count // 2, echo, rng)
+            return self._judge(habits, echoes, texts)
+
+        return losses
+
+    def _prompted(self, count: int, answer_of: AnswerOf, rng: np.random.Generator) -> list[Lesson]:
+        longest = (40.0 if rng.random() < 0.2 else 20.0 for _ in range(count))
+        return [self._lesson(x, mixed_prompt(self.config, rng), answer_of, rng) for x in longest]
+
+    def _lesson(
+        self, longest: float, ask: Callable[[str], str], answer_of: AnswerOf, rng: np.random.Generator
+    ) -> Lesson:
+        chosen = int(rng.integers(len(self.footage)))
+        return make_lesson(self.footage[chosen], self.features[chosen], longest, ask, answer_of, rng)
+
+    def _text(self, rng: np.random.Generator) -> tuple[str, Answer]:
+        """Asked with words of its own, or with those of the stages: the skill must not depend on the question."""
+        question, answer = repetition(rng)
+        if rng.random() < 0.25:
+            query, _ = self.footage[int(rng.integers(len(self.footage)))].events[0]
+            question = mixed_prompt(self.config, rng)(query)
+        return question, answer
+
+    def _judge(
+        self, lessons: Sequence[Lesson], echoes: Sequence[Lesson] = (), texts: Sequence[tuple[str, Answer]] = ()
+    ) -> tuple[Tensor, dict[str, float]]:
+        losses = self.sight.losses(collate(lessons, self.tokenizer, 2.0))
+        if echoes:
+            losses["echo"] = self.sight.losses(collate(echoes, self.tokenizer, 2.0))["answer"]
+        if texts:
+            losses["text"] = text_loss(self.model, self.tokenizer, texts)
+        return total(losses), {name: float(value.detach()) for name, value in losses.items()}
+
+
+def _is_decoder(name: str) -> bool:
+    return "language_model.layers" in name or "language_model.norm" in name
+
+
+def _is_tower(name: str) -> bool:
+    return "visual." in name
+
+
+def _save(config: Config, model: Any, tokenizer: Any, output: Path) -> None:
+    model = model.to(torch.bfloat16)
+    ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    model.generation_config = GenerationConfig(eos_token_id=ids, pad_token_id=ids[1], do_sample=True, temperature=1.0)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    command = "python run.py stage=pretrain"
+    if config.pretrain.start:
+        command += f" pretrain.start={config.pretrain.start} pretrain.repeat_steps={config.pretrain.repeat_steps}"
+    made = {"command": command, "seed": config.seed}
+    (output / "made_by.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    print(f"tiny base: {output}")

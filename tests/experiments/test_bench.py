@@ -1,0 +1,169 @@
+"""The benchmark itself: its arithmetic, its counters against numbers by hand, and that every way does the same work."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from experiments.efficiency.bench.counting import count
+from experiments.efficiency.bench.memory import measure
+from experiments.efficiency.bench.phases import PHASES, measure_phases, phase_table, write_video
+from experiments.efficiency.bench.questions import Bench
+from experiments.efficiency.bench.ratios import Timing, in_turns, own_share, table, token_ratio
+from experiments.efficiency.bench.shapes import Shape, make_prompt
+from experiments.efficiency.bench.ways import (
+    NAIVE,
+    SAVING,
+    SHARED,
+    VISION_ONCE,
+    accumulate,
+    gradient,
+    learn,
+    one_row,
+    reference,
+    rollouts,
+    see,
+    update,
+)
+
+TOY = Shape(hidden=64, layers=2, intermediate=96, heads=4, kv_heads=2)
+P, C, G = 80, 6, 3
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("bench"), repeats=1, shape=TOY)
+
+
+@pytest.fixture(scope="module")
+def policy(bench):
+    return bench.policy()
+
+
+@pytest.fixture
+def group(bench, policy):
+    return bench.group(policy, P, C, G)
+
+
+def test_the_token_ratio_by_hand():
+    assert token_ratio(1024, 64, 8) == pytest.approx(8704 / 1536)
+    assert token_ratio(100, 50, 1) == 1
+    assert own_share(96, 4) == 0.04
+
+
+def test_turns_alternate_and_the_first_is_not_measured():
+    order = []
+    waits = []
+    times = in_turns({"a": partial(order.append, "a"), "b": partial(order.append, "b")}, 2, lambda: waits.append(1))
+    assert order == ["a", "b"] * 3 and len(waits) == 6
+    assert len(times["a"].wall) == len(times["b"].cpu) == 2
+    assert Timing((1.0, 9.0, 4.0), (1.0, 1.0, 2.0)).over(Timing((2.0,), (0.5,))) == (2.0, 2.0)
+
+
+def test_a_table():
+    assert table(["a", "b"], [["x", 1]]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n"
+
+
+@pytest.mark.parametrize(("length", "steps"), [(80, 1), (81, 4), (97, 7), (1024, 1)])
+def test_prompts_have_exactly_their_length(policy, length, steps):
+    item, clip = make_prompt(policy, length, steps)
+    assert item.inputs.length == length == item.inputs.positions.shape[1]
+    assert int(item.inputs.is_video.sum()) == clip.num_tokens == len(item.video.embeddings) > length // 3
+    assert clip.grid_thw[0] == steps
+    with pytest.raises(ValueError, match="no room"):
+        make_prompt(policy, 40, 20)
+
+
+def test_every_way_computes_the_same(policy, group):
+    found = {}
+    for way in (NAIVE, VISION_ONCE, SHARED, SAVING):
+        found[way] = learn(policy, group, way, reference(policy, group, way)), gradient(policy)
+    for logps, grads in found.values():
+        assert (logps - found[NAIVE][0]).abs().max() <= 1e-5
+        assert (grads - found[NAIVE][1]).norm() <= 1e-5 * grads.norm()
+    assert grads.norm() > 0
+
+
+def test_rows_add_up_to_their_group(policy, group):
+    """One row at a time, as on a GPU: the sequence mean of G rows is G times too large."""
+    learn(policy, group, SHARED, reference(policy, group, SHARED))
+    together = gradient(policy)
+    policy.zero_grad()
+    for row in range(G):
+        part = one_row(group, row)
+        accumulate(policy, part, SHARED, reference(policy, part, SHARED))
+    assert (gradient(policy) / G - together).norm() <= 1e-5 * together.norm()
+
+
+def test_tokens_and_videos_are_counted(policy, group):
+    """Reference and policy pass; the last completion token is never fed. Saving repeats its pass in backward."""
+    naive, once = (count(policy, partial(update, policy, group, way)) for way in (NAIVE, VISION_ONCE))
+    shared, saving = (count(policy, partial(update, policy, group, way)) for way in (SHARED, SAVING))
+    assert naive.tokens == once.tokens == 2 * G * (P + C - 1)
+    assert shared.tokens == 2 * (P + G * (C - 1))
+    assert saving.tokens == 3 * (P + G * (C - 1))
+    assert (naive.videos, once.videos, shared.videos, saving.videos) == (2 * G, 0, 0, 0)
+    assert naive.flops > once.flops > shared.flops
+
+
+def test_operations_are_counted(policy):
+    """A linear layer by hand, and attention on the CPU, which torch's own counter leaves out."""
+    x, linear = torch.randn(5, 64), torch.nn.Linear(64, 32)
+    assert count(policy, lambda: linear(x)).flops == 2 * 5 * 64 * 32
+    q = torch.randn(1, 4, 10, 16)
+    attend = partial(torch.nn.functional.scaled_dot_product_attention, q, q, q)
+    assert count(policy, attend).flops == 2 * (2 * 4 * 10 * 10 * 16)
+
+
+def test_every_rollout_has_its_full_length(policy, group):
+    """Prompt once or G times, then C - 1 single tokens of G rows."""
+    calls = rollouts(policy, group.item, group.clip, G, C)
+    counted = {way: count(policy, call) for way, call in calls.items()}
+    assert counted[SHARED].tokens == P + G * (C - 1)
+    assert counted[VISION_ONCE].tokens == counted[NAIVE].tokens == G * (P + C - 1)
+    assert [counted[way].videos for way in (NAIVE, VISION_ONCE, SHARED)] == [G, 1, 0]
+    assert policy.training and policy.end_ids
+
+
+def test_seeing_copies(policy, group):
+    assert count(policy, partial(see, policy, group.clip, 5)).videos == 5
+
+
+def test_phases_of_a_real_video(bench, policy, tmp_path):
+    write_video(tmp_path / "v.mp4", seconds=4)
+    length, found = measure_phases(policy, tmp_path / "v.mp4", G, C, 1, lambda: None)
+    assert length > 4 * 16
+    for way, phases in found.items():
+        assert list(phases) == list(PHASES)
+        assert phases["vision"].counts.videos == (3 * G if way == NAIVE else 1)
+    assert found[SHARED]["prefill"].counts.tokens == length
+    assert found[SHARED]["decode tokens"].counts.tokens == G * (C - 1)
+    assert found[NAIVE]["update"].counts.tokens == G * (length + C - 1)
+    text = phase_table(found)
+    assert text.count("\n") == 2 + 3 * (len(PHASES) + 1)
+
+
+@pytest.mark.slow
+def test_memory_grows_with_the_completions_own_tokens_only(bench, tmp_path):
+    """From G = 2 to G = 16 in processes of their own: each further rollout costs at most its tokens' share."""
+    from experiments.efficiency.bench.shapes import SMALLER, build_policy
+
+    build_policy(SMALLER, tmp_path)
+    prompt, completion, low, high = 512, 32, 2, 16
+    per_rollout = {}
+    for way in (VISION_ONCE, SAVING):
+        few, many = (measure(way, tmp_path, prompt, completion, size) for size in (low, high))
+        assert many > few > 0
+        per_rollout[way] = (many - few) / (high - low)
+    assert per_rollout[SAVING] <= per_rollout[VISION_ONCE] * own_share(prompt, completion)
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_update(bench, tmp_path):
+    """A few MiB at least: the saved activations of a toy; a number, not a guess at zero."""
+    from experiments.efficiency.bench.shapes import SMALLER, build_policy
+
+    build_policy(SMALLER, tmp_path)
+    small, large = (measure(VISION_ONCE, tmp_path, prompt, 8, 2) for prompt in (64, 256))
+    assert 1 < small < large < 500 and not math.isnan(small)

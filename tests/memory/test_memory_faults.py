@@ -1,0 +1,266 @@
+"""What does not fit into memory is done in parts, and left out in the end. The system itself refuses the memory."""
+
+import dataclasses
+import multiprocessing
+import os
+import resource
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import planted_prompts, tiny_policy
+from test_faults import RUBRIC, fit, lines
+from test_training import CPU, GRPO, OFF, make_grpo
+
+from tartvg.config import Aggregation, SftConfig
+from tartvg.policy.policy import token_batch
+from tartvg.tracking import Tracker
+from tartvg.training.grpo_module import TrainingGroup
+from tartvg.training.out_of_memory import (
+    GroupLoss,
+    NothingFits,
+    fit_rows,
+    fit_update,
+    is_out_of_memory,
+    merge_parts,
+    row_slices,
+)
+from tartvg.training.retreats import Retreats
+from tartvg.training.sft_module import SftModule, TraceDataset
+from tartvg.training.step import StageRun
+from tartvg.training.trainer import make_trainer
+from tartvg.types import Completion, RolloutGroup, Trace
+
+
+def too_much():
+    """An allocation that the system really refuses."""
+    return torch.empty(1 << 50, dtype=torch.uint8)
+
+
+def test_torch_out_of_memory_is_recognised():
+    with pytest.raises(RuntimeError) as caught:
+        too_much()
+    assert is_out_of_memory(caught.value)
+    with pytest.raises(MemoryError) as caught:
+        bytearray(1 << 60)
+    assert is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5, 99])
+def test_slices_cover_all_rows_once(parts):
+    slices = row_slices(5, parts)
+    assert [i for s in slices for i in range(5)[s]] == list(range(5)) and len(slices) == min(parts, 5)
+
+
+def rows_that_fit(limit):
+    """Work on rows 0..7 that really runs out of memory for more than `limit` of them."""
+
+    def work(part):
+        rows = list(range(8))[part]
+        return rows if len(rows) <= limit else too_much()
+
+    return work
+
+
+def test_rows_are_halved_until_they_fit():
+    assert fit_rows(rows_that_fit(8), 8, is_out_of_memory) == [list(range(8))]
+    assert fit_rows(rows_that_fit(3), 8, is_out_of_memory) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    with pytest.raises(RuntimeError, match="allocate"):
+        fit_rows(rows_that_fit(0), 8, is_out_of_memory)
+
+
+def test_a_group_that_never_fits_is_left_out_and_the_others_are_not():
+    weight = torch.nn.Parameter(torch.ones(()))
+    limits, notes, attempts = [8, 3, 0], [], []
+
+    def loss(group, part):
+        return weight * 10**group * len(rows_that_fit(limits[group])(part))
+
+    def update(losses):
+        weight.grad = None
+        for micro in losses:
+            micro().backward()
+        return float(weight.grad)
+
+    def attempt(losses):
+        attempts.append(1)
+        return update(losses)
+
+    def note(group, parts, error):
+        assert "allocate" in error
+        notes.append((int(group.sample_id), parts))
+
+    groups = [GroupLoss(str(g), 8, 8, lambda part, g=g: loss(g, part), []) for g in range(3)]
+    norm = fit_update(attempt, groups, is_out_of_memory, note)
+    assert norm == 8 + 80
+    assert notes == [(1, 2), (1, 4), (2, 2), (2, 4), (2, 8), (2, 0)] and len(attempts) == 7
+    with pytest.raises(NothingFits):
+        fit_update(update, groups[2:], is_out_of_memory, lambda *_: None)
+    with pytest.raises(ValueError, match="else"):
+        fit_update(lambda _: (_ for _ in ()).throw(ValueError("else")), groups, is_out_of_memory, lambda *_: None)
+
+
+def test_an_attempt_that_failed_leaves_nothing_noted():
+    group = GroupLoss("a", 8, 8, lambda part: (group.parts.append(part), rows_that_fit(4)(part))[1], [])
+    fit_update(lambda losses: len([micro() for micro in losses]), [group], is_out_of_memory, lambda *_: None)
+    assert group.parts == [slice(0, 4), slice(4, 8)]
+    never = dataclasses.replace(group, compute=lambda part: (group.parts.append(part), too_much()))
+    with pytest.raises(NothingFits):
+        fit_update(lambda losses: len([micro() for micro in losses]), [never], is_out_of_memory, lambda *_: None)
+    assert group.parts == []
+
+
+def test_retreats_are_kept_and_hold_for_what_is_as_large(tmp_path):
+    def group(name, tokens, rows=4):
+        return GroupLoss(name, rows, tokens, lambda part: None, [])
+
+    first = Retreats(tmp_path)
+    assert first.parts(3, group("a", 100)) == 1 and not first.is_new(3, group("a", 100))
+    assert first.add(3, group("a", 100)) == 2
+    (tmp_path / "retreats/1.jsonl").write_text('{"step": 5, "sample_id": "b", "num_tokens": 80, "parts": 4}\n{"st')
+    again = Retreats(tmp_path)
+    assert again.is_new(3, group("a", 100)) and not again.is_new(4, group("a", 100))
+    assert [again.parts(step, group("x", 100)) for step in (2, 3, 4, 5)] == [1, 2, 2, 4]
+    assert [again.parts(3, group("x", tokens)) for tokens in (99, 100, 101)] == [1, 2, 2]
+    assert again.parts(9, group("x", 100, rows=3)) == 3  # no part is empty
+    assert [again.add(5, group("b", 80)), Retreats(tmp_path).parts(5, group("b", 80))] == [0, 0]
+    assert again.parts(6, group("b", 80)) == 4  # elsewhere it is tried
+
+
+@pytest.mark.parametrize("aggregation", list(Aggregation))
+def test_a_group_in_parts_has_the_same_gradient(policy, prompts, tmp_path, aggregation):
+    module = make_grpo(policy, tmp_path, RUBRIC, dataclasses.replace(GRPO, aggregation=aggregation))
+    prepared = policy.prepare(prompts[0])
+    completions = [Completion("x", tuple(range(20, 20 + n)), (-3.0,) * n, True) for n in (5, 2, 7, 3, 4)]
+    tokens = token_batch(completions, policy.device)
+    with policy.as_reference():
+        reference_GT = policy.logps(prepared, tokens) + 0.1
+    group = RolloutGroup(prompts[0], (), 0)
+    work = TrainingGroup(0, prepared, group, tokens, reference_GT, torch.zeros_like(tokens.logps))
+    advantages_G = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0])
+
+    def gradient(slices):
+        module.zero_grad()
+        for part in slices:
+            module.group_loss(work, advantages_G, parts, part, num_groups=2).backward()
+        return torch.cat([p.grad.flatten() for p in module.trainable() if p.grad is not None])
+
+    parts = []
+    whole, metrics = gradient(row_slices(5, 1)), parts[0][0]
+    parts = []
+    split = gradient(row_slices(5, 3))
+    assert whole.abs().max() > 0
+    assert torch.allclose(whole, split, rtol=1e-4, atol=1e-7)
+    merged = merge_parts(parts)
+    assert {k: float(v) for k, v in merged.items()} == pytest.approx(
+        {k: float(v) for k, v in metrics.items()}, abs=1e-5
+    )
+
+
+def address_space():
+    """Bytes, of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def test_a_step_in_too_little_memory_is_done_in_parts(untrained_base, prompts, planted_root, tmp_path):
+    """In a process of its own: earlier tests leave memory behind that needs no asking for."""
+    work = multiprocessing.get_context("spawn").Process(
+        target=little_memory, args=(untrained_base, planted_root, tmp_path)
+    )
+    work.start()
+    work.join(300)
+    assert work.exitcode == 0
+
+
+def little_memory(base, root, tmp_path):
+    """The system itself refuses the memory (RLIMIT_AS): the same step, the same gradient, in parts.
+
+    How much is too little depends on the system's allocator. So the limit falls until it is felt, and every try is a
+    fork of this process, which never ran the step: what one try allocated is not there for the next to use again.
+    """
+    torch.set_num_threads(1)
+    policy, prompts = tiny_policy(base), planted_prompts(root)
+    settings = dataclasses.replace(GRPO, group_size=96, kl_coef=0.0, max_steps=1,
+                                   sampling=dataclasses.replace(GRPO.sampling, max_new_tokens=64))  # fmt: skip
+
+    def step(folder, margin):
+        folder.mkdir()
+        module = make_grpo(policy, folder, RUBRIC, settings)
+        module.advantages = lambda group: torch.arange(96.0) % 7 - 3
+        update = module.update
+
+        def limited(losses, num_chunks=0):
+            soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+            if margin is not None:
+                resource.setrlimit(resource.RLIMIT_AS, (address_space() + margin, hard))
+            try:
+                return update(losses)
+            finally:
+                resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+        module.update = limited
+        fit(module, folder, prompts[:1], 1, per_step=1)
+
+    def tried(name, margin=None):
+        """The folder of one try, which ends well also where a part of the step was left out."""
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                step(tmp_path / name, margin)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        return tmp_path / name
+
+    free = tried("free")
+    assert not (free / "faults.jsonl").exists()
+    margin = 512 << 20
+    tight = tried("tight", margin)
+    while not (tight / "faults.jsonl").exists():
+        margin = margin * 3 // 4
+        assert margin > 1 << 20, "no limit was felt"
+        tight = tried(f"tight_{margin}", margin)
+    faults = lines(tight / "faults.jsonl")
+    assert {fault["kind"] for fault in faults} == {"out_of_memory"}
+    assert faults[0]["action"] == "tried in 2 parts" and "allocate" in faults[0]["error"]
+    assert not any(fault["action"] == "left out" for fault in faults)
+    measured, expected = (lines(folder / "metrics.jsonl")[0] for folder in (tight, free))
+    for name in ("optim/grad_norm", "loss/total", "loss/ratio_mean"):
+        assert measured[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6)
+
+
+def test_fine_tuning_takes_the_traces_of_a_query_in_parts(policy, prompts, tmp_path):
+    """And leaves out a query whose single traces do not fit; the same rows, so the same gradient."""
+    traces = [Trace(prompts[0].sample.sample_id, f"{i} 12", 7.0, ()) for i in range(4)]
+    settings = SftConfig(epochs=1, batch_size=4, lr=1e-3)
+    logps = policy.logps
+
+    def step(name, limit):
+        def cramped(prepared, tokens, **kwargs):
+            return logps(prepared, tokens, **kwargs) if len(tokens.ids) <= limit else too_much()
+
+        policy.logps = cramped
+        with Tracker(tmp_path / name, OFF, "r", "sft", {}, 0) as tracker:
+            data = TraceDataset(traces, {prompts[0].sample.sample_id: prompts[0]}, settings, 0)
+            module = SftModule(policy, settings, StageRun("sft", tmp_path / name, 0, data.stop, 1), tracker)
+            before = [weight.detach().clone() for weight in module.trainable()]
+            loader = torch.utils.data.DataLoader(data, batch_size=1, collate_fn=lambda b: b[0])
+            make_trainer(CPU, tmp_path / name).fit(module, loader)
+        with torch.no_grad():  # the next one starts where this one did
+            for weight, value in zip(module.trainable(), before, strict=True):
+                weight.copy_(value)
+        return lines(tmp_path / name / "metrics.jsonl")[0]
+
+    whole, parts = step("whole", 4), step("parts", 1)
+    assert not (tmp_path / "whole/faults.jsonl").exists()
+    assert [row["action"] for row in lines(tmp_path / "parts/faults.jsonl")] == ["tried in 2 parts", "tried in 4 parts"]
+    for name in ("loss/total", "optim/grad_norm"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-5) and whole[name] > 0
+    assert step("nothing", 0)["optim/skipped"] == 1.0
+    assert [row["kind"] for row in lines(tmp_path / "nothing/faults.jsonl")][-2:] == ["out_of_memory", "empty_step"]

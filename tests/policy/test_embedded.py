@@ -1,0 +1,42 @@
+"""The base that ships: small, safe, loaded like any other, and as careless as it is said to be."""
+
+import json
+
+import pytest
+
+from tartvg.policy.loading import embedded_path
+from tartvg.tiny.model import SPECIAL_TOKENS
+
+
+def test_it_is_small_and_holds_no_pickle():
+    files = [p for p in embedded_path().iterdir() if p.is_file()]
+    names = {p.name for p in files}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json"} <= names
+    assert sum(p.stat().st_size for p in files) < 5 * 2**20
+    assert not [n for n in names if n.endswith((".bin", ".pt", ".pkl", ".py"))]
+
+
+def test_it_is_a_qwen_with_qwens_special_tokens():
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_path())
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(embedded_path())
+    assert 1_000_000 <= sum(p.numel() for p in model.parameters()) <= 2_000_000
+    assert all(tokenizer.encode(t, add_special_tokens=False).__len__() == 1 for t in SPECIAL_TOKENS)
+    assert model.config.video_token_id == tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    assert model.config.text_config.vocab_size == len(tokenizer)
+
+
+@pytest.mark.slow
+def test_it_can_do_better_than_it_does(run_command, tmp_path):
+    """15 to 35 % of its samples are valid, and its best of eight is far better than its habit."""
+    run_command(
+        "stage=evaluate", "evaluate.targets=[base]", "evaluate.num_samples=8", f"runs_dir={tmp_path}", "name=r",
+        "tracking.mode=off", "trainer.progress_bar=false", "trainer.num_threads=1",
+        f"dataset.root={tmp_path}/data", "dataset.planted.num_train=1", "dataset.planted.num_val=1",
+    )  # fmt: skip
+    scores = json.loads((tmp_path / "r/evaluate/base/scores.json").read_text())
+    assert scores["num_queries"] == 120
+    _, low, high = scores["valid_rate"]
+    assert low >= 0.15 and high <= 0.35
+    assert scores["oracle_iou"] > scores["miou"][0] + 0.15

@@ -1,0 +1,183 @@
+"""Two processes on the CPU when something goes wrong: too little memory, a signal, the same command again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, start_command
+from interruptions import num_lines, rows
+from two_processes import START, assert_same_training, said, trainer
+
+from tartvg.launch.processes import run_processes
+from tartvg.launch.signals import REQUEUE_CODE
+
+pytestmark = pytest.mark.slow
+
+
+CRAMPED = """
+import os, runpy, sys
+import torch
+from tartvg.policy.policy import Policy
+
+limit, where = int(os.environ["LIMIT"]), os.environ["WHERE"]
+
+def too_much():
+    torch.empty(1 << 50, dtype=torch.uint8)  # the system really refuses it
+
+class Cramped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        too_much()
+
+def sample(self, prompts, *args):
+    return too_much() if os.environ["RANK"] == "1" and len(prompts) > 1 else sample_all(self, prompts, *args)
+
+def logps(self, prepared, tokens, *args, **kwargs):
+    is_too_large = os.environ["RANK"] == "1" and prepared.prompt.text and len(tokens.ids) > limit
+    if is_too_large and where == "forward":
+        too_much()
+    found = logps_of_all(self, prepared, tokens, *args, **kwargs)
+    return Cramped.apply(found) if is_too_large else found
+
+sample_all, Policy.sample = Policy.sample, sample
+logps_of_all, Policy.logps = Policy.logps, logps
+runpy.run_path("run.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "limit", "where"),
+    [
+        ("ddp", 2, "forward"),
+        ("ddp", 0, "backward"),
+        ("zero2", 2, "backward"),
+        ("zero3", 4, "forward"),
+        ("zero3", 1, "backward"),
+        ("zero3", 0, "forward"),
+    ],
+)
+def test_memory_that_one_process_lacks(strategy, limit, where, shared, run_command, tmp_path, monkeypatch):
+    """It samples its prompts one by one, learns in parts, and leaves out what does not fit; zero3 by starting again."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("LIMIT", str(limit))
+    monkeypatch.setenv("WHERE", where)
+    script = tmp_path / "cramped.py"
+    script.write_text(CRAMPED)
+    is_again = strategy == "zero3" and limit < 4
+    steps, group, prompts = (1, 2, 2) if is_again else (2, 4, 4)
+    more = ["grpo.prompts_at_once=2", "stage=grpo1", "grpo.kl_coef=0", f"grpo.max_steps={steps}", "grpo.lr=3e-5",
+            f"grpo.group_size={group}", f"grpo.prompts_per_step={prompts}", "monitors.kl_every=0",
+            f"runs_dir={tmp_path}"]  # fmt: skip
+    command = [sys.executable, str(script), *trainer(strategy, shared), *more, "name=r"]
+    assert run_processes(2, command) == 0
+    run = tmp_path / "r"
+    faults = rows(run / "grpo1/faults.jsonl")
+    told = [(row["step"], row["action"]) for row in faults]
+    assert {row["kind"] for row in faults} == {"out_of_memory"}
+    for step in range(steps):
+        assert ((step, "sampled in two halves") in told) == (not is_again)
+        assert ((step, "tried in 2 parts") in told) == (limit > 0 if is_again else limit < 4)
+        assert ((step, "left out") in told) == (limit == 0)
+    assert is_again == (run / "grpo1/retreats/1.jsonl").exists()
+    run_command(*shared, *more, "name=one")
+    mine, theirs = said(run / "grpo1/rollouts.jsonl"), said(tmp_path / "one/grpo1/rollouts.jsonl")
+    assert mine[:prompts] == theirs[:prompts] and len(mine) == len(theirs)
+    if limit:
+        assert mine == theirs
+        assert_same_training(strategy, tmp_path / "one", run)
+    else:  # the other process's groups were learned from, and what came of it differs
+        assert rows(run / "grpo1/metrics.jsonl")[-1]["optim/grad_norm"] > 0
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_processes_leave_together_and_go_on(strategy, shared, alone, run_command, tmp_path):
+    command = [*trainer(strategy, shared), "stage=grpo1", f"runs_dir={tmp_path}", "name=r"]
+    lines = tmp_path / "r/grpo1/metrics.jsonl"
+    process = start_command(command)
+    deadline = time.monotonic() + 300
+    while num_lines(lines) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == REQUEUE_CODE
+    names = [path.name for path in (tmp_path / "r/grpo1/checkpoints").iterdir()]
+    assert names == [f"step_{num_lines(lines):06d}"] and num_lines(lines) < 5
+    run_command(*command)
+    assert said(tmp_path / "r/grpo1/rollouts.jsonl") == said(alone / "grpo1/rollouts.jsonl")
+    assert_same_training(strategy, alone, tmp_path / "r")
+
+
+SLOW = """
+import os, runpy, sys, time
+from pathlib import Path
+from tartvg.policy.policy import Policy
+
+name, flag = os.environ["SLOW"].split()
+work = getattr(Policy, name)
+
+def slow(self, *args, **kwargs):
+    if Path(flag).exists() and os.environ["RANK"] == "1":
+        Path(flag + ".seen").touch()
+        for _ in range(2000):
+            time.sleep(0.1)
+    return work(self, *args, **kwargs)
+
+setattr(Policy, name, slow)
+runpy.run_path("run.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("strategy", "name"), [("zero2", "logps"), ("zero3", "sample")])
+def test_a_signal_ends_a_long_step(strategy, name, shared, alone, tmp_path):
+    """One process has minutes to go and the other waits: both are gone in time, and the finished steps are saved."""
+    script, flag = tmp_path / "slow.py", tmp_path / "flag"
+    script.write_text(SLOW)
+    command = [sys.executable, str(script), *trainer(strategy, shared), "stage=grpo1", "trainer.checkpoint_every=100"]
+    command += [f"runs_dir={tmp_path}", "name=r"]
+    more = {"SLOW": f"{name} {flag}", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", START, *command], cwd=ROOT, env=os.environ | more)
+    try:
+        deadline = time.monotonic() + 300
+        while num_lines(tmp_path / "r/grpo1/metrics.jsonl") < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        flag.touch()
+        while not Path(f"{flag}.seen").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == REQUEUE_CODE
+    finally:
+        process.kill()
+    done = num_lines(tmp_path / "r/grpo1/metrics.jsonl")
+    assert [path.name for path in (tmp_path / "r/grpo1/checkpoints").iterdir()] == [f"step_{done:06d}"] and done < 5
+    flag.unlink()
+    subprocess.run([sys.executable, "-c", START, *command], cwd=ROOT, env=os.environ | more, check=True)
+    assert said(tmp_path / "r/grpo1/rollouts.jsonl") == said(alone / "grpo1/rollouts.jsonl")
+    assert_same_training(strategy, alone, tmp_path / "r")
+
+
+def test_a_signal_after_the_last_step_ends_the_run_before_the_next_stage(shared, run_command, tmp_path):
+    """One process is still in its stage and holds the signal, when the other has left it and waits for the first."""
+    command = [
+        *trainer("ddp", shared), "grpo.max_steps=2", "trainer.checkpoint_every=2", "stage.sequence=[grpo1,filter]",
+        f"runs_dir={tmp_path}", "name=r",
+    ]  # fmt: skip
+    process = start_command(command)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "r/grpo1/checkpoints/step_000002").exists():  # written after the last word about signals
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(120) == REQUEUE_CODE and not (tmp_path / "r/filter").exists()
+    run_command(*command)
+    assert json.loads((tmp_path / "r/filter/manifest.json").read_text())["finished"]
