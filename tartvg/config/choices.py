@@ -125,11 +125,15 @@ class Strategy(Enum):
     zero3 = "zero3"
     zero3_offload = "zero3_offload"
 
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage: 2 partitions gradients and moments, 3 the weights too; 0 without it."""
+        return {"zero2": 2, "zero3": 3, "zero3_offload": 3}.get(self.value, 0)
 
-ZERO3 = (Strategy.zero3, Strategy.zero3_offload)
-"""The strategies under which no process holds all weights."""
-ZERO = (Strategy.zero2, *ZERO3)
-"""DeepSpeed's."""
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether weights and optimiser state lie in main memory."""
+        return self is Strategy.zero3_offload
 
 
 class TrackingMode(Enum):

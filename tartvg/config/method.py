@@ -125,6 +125,9 @@ class GrpoConfig:
     prompts_at_once: int | None = None
     """Prompts that a process samples in one batch; null: all of its step. 1 makes rollouts independent of the number of
     processes to the last bit, as rounding depends on the size of a batch."""
+    rows_per_pass: int | None = None
+    """Completions of a group per forward pass of an update, and traces of a query in sft; null: all. Fewer need less
+    memory and more time. Outside ZeRO-3 an update that runs out of memory finds the number by itself."""
     num_iterations: int = 1
     """Updates per rollout batch (mu)."""
     lr: float = 1e-6
@@ -166,6 +169,8 @@ class GrpoConfig:
         require(self.prompts_per_step >= 1, "grpo.prompts_per_step", ">= 1", self.prompts_per_step)
         at_once = self.prompts_at_once
         require(at_once is None or at_once >= 1, "grpo.prompts_at_once", "null or >= 1", at_once)
+        rows = self.rows_per_pass
+        require(rows is None or rows >= 1, "grpo.rows_per_pass", "null or >= 1", rows)
         require(self.num_iterations >= 1, "grpo.num_iterations", ">= 1", self.num_iterations)
         require(self.lr > 0, "grpo.lr", "> 0", self.lr)
         require(self.warmup_steps >= 0, "grpo.warmup_steps", ">= 0", self.warmup_steps)

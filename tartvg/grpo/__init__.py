@@ -5,7 +5,7 @@ from __future__ import annotations
 from tartvg.grpo.advantages import group_advantages
 from tartvg.grpo.aggregation import aggregate
 from tartvg.grpo.kl import kl_tokens
-from tartvg.grpo.loss import LossInputs, LossOutput, LossSettings, grpo_loss
+from tartvg.grpo.loss import LossInputs, LossOutput, LossSettings, grpo_loss, merged_metrics
 from tartvg.grpo.metrics import rollout_metrics
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "kl_tokens",
+    "merged_metrics",
     "rollout_metrics",
 ]

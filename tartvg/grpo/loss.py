@@ -5,7 +5,7 @@ Dimensions: P prompts (each is one call), G rollouts per prompt, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,10 +60,11 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The loss to differentiate, and detached scalars under `loss/`."""
+    """The loss to differentiate, detached scalars under `loss/`, and the number of tokens that they are about."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    num_tokens: int
 
 
 def _token_ratio(log_ratio_GT: Tensor, mask_GT: Tensor) -> Tensor:
@@ -128,4 +129,25 @@ def grpo_loss(inputs: LossInputs, settings: LossSettings, normaliser: float | Te
         "loss/ratio_mean": tokens(ratio_GT).sum() / num_tokens,
         "loss/ratio_max": tokens(ratio_GT).amax() if ratio_GT.numel() else torch.zeros_like(loss),
     }
-    return LossOutput(loss, {name: value.detach() for name, value in metrics.items()})
+    return LossOutput(loss, {name: value.detach() for name, value in metrics.items()}, int(is_token_GT.sum()))
+
+
+def merged_metrics(outputs: Sequence[LossOutput]) -> dict[str, Tensor]:
+    """Metrics of a group from those of its parts, whose losses were divided by the group's divisor.
+
+    Losses add up, `loss/ratio_max` is a maximum, and the others are means over tokens.
+    """
+    if len(outputs) == 1:
+        return outputs[0].metrics
+    total = max(1, sum(output.num_tokens for output in outputs))
+    merged: dict[str, Tensor] = {}
+    for name in outputs[0].metrics:
+        values = torch.stack([output.metrics[name] for output in outputs])
+        if name in ("loss/total", "loss/policy", "loss/kl"):
+            merged[name] = values.sum()
+        elif name == "loss/ratio_max":
+            merged[name] = values.max()
+        else:
+            shares = [output.num_tokens / total for output in outputs]
+            merged[name] = sum((value * share for value, share in zip(values, shares, strict=True)), values[0] * 0)
+    return merged

@@ -53,7 +53,6 @@ def launch(main: Callable[[], object]) -> int:
     """Run a `hydra.main` function; returns the exit code.
 
     0 finished, 1 failed, 2 refused, 75 asked to leave by a signal of `preemption.SIGNALS`: the same command continues.
-    A process that ends with `preemption.AGAIN_CODE` does not come back here.
     """
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them, and `explain` words them

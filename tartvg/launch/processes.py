@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from tartvg.config import Config, StageName, Strategy, require
-from tartvg.launch.signals import AGAIN_CODE, REQUEUE_CODE, SIGNALS
+from tartvg.launch.signals import REFUSED_CODE, REQUEUE_CODE, SIGNALS
 
 TRAINED = (StageName.grpo1, StageName.sft, StageName.grpo2)
 FORWARDED = SIGNALS
@@ -64,15 +64,9 @@ def run_processes(count: int, command: Sequence[str] | None = None) -> int:
     """Run `command` (default: this very one) once per rank; returns the exit code, rank 0's before any other's.
 
     When a process fails, the others get `GRACE_S` to end and are stopped then. What a cluster sends is handed on.
-    The processes die with this one, however it dies. They are started again as long as one ends with `AGAIN_CODE`.
+    The processes die with this one, however it dies.
     """
     command = [sys.executable, *sys.argv] if command is None else list(command)
-    while (code := _run_once(count, command)) == AGAIN_CODE:
-        print("out of memory in an update: the processes start again, from the last checkpoint", file=sys.stderr)
-    return code
-
-
-def _run_once(count: int, command: Sequence[str]) -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -111,7 +105,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> int:
                 process.kill()
         is_told = is_told or late > GRACE_S
     codes = [process.returncode for process in processes]
-    for special in (REQUEUE_CODE, AGAIN_CODE):  # of any process: the others may have failed for want of it
+    for special in (REQUEUE_CODE, REFUSED_CODE):  # of any process: the others may have failed for want of it
         if special in codes:
             return special
     return next((code if code > 0 else 128 - code for code in codes if code), 0)

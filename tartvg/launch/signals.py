@@ -20,10 +20,10 @@ from contextlib import suppress
 from functools import partial
 from types import FrameType
 
+REFUSED_CODE = 2
+"""The user can correct it, and one line says how."""
 REQUEUE_CODE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, try again."""
-AGAIN_CODE = 76
-"""A process ran out of memory where it could not try again: the same command does, at once, in smaller parts."""
 REQUEUED = signal.SIGUSR2
 """Whoever listened to it before the run did gets it after the run."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, REQUEUED)

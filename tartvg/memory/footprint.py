@@ -143,6 +143,7 @@ class ShapePolicy(Policy):
             self.model = new_adapter(base.eval(), settings.lora, 0)
         self._core = [base]
         self.timer = PhaseTimer()
+        self.lockstep_head_calls = 0
         self.banned = [0]
         self.vocabulary = int(config.get_text_config().vocab_size)
         self.tokenizer = range(self.vocabulary)
@@ -164,7 +165,7 @@ class ShapePolicy(Policy):
         width = self.language_model.config.hidden_size
         return torch.zeros(1, prepared.inputs.length, width, dtype=next(self.core.parameters()).dtype)
 
-    def logps(self, prepared: Any, tokens: TokenBatch, temperature: float = 1.0, num_chunks: int = 0) -> Tensor:
+    def logps(self, prepared: Any, tokens: TokenBatch, temperature: float = 1.0) -> Tensor:
         """As `Policy.logps` does it where every token is real: how many are is no question of shapes."""
         states = self._states(prepared, tokens).flatten(0, 1)
         parts = [

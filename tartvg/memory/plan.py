@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tartvg.config import Config, SettingError, Strategy, TrainerConfig
-from tartvg.config.choices import ZERO, ZERO3
 from tartvg.memory.footprint import TEXT_TOKENS, Footprint, Load, most_video_tokens, trace
 
 GIB = 2**30
@@ -65,26 +64,24 @@ def plan_of(footprint: Footprint, trainer: TrainerConfig, feature_cache_mb: int)
     gradient, and two blocks at a time (one in use, one prefetched) in the update.
     """
     processes = trainer.devices * trainer.num_nodes
-    is_zero = trainer.strategy in ZERO
-    is_zero3 = trainer.strategy in ZERO3
-    is_offloaded = trainer.strategy is Strategy.zero3_offload
+    is_zero, are_weights_split = trainer.strategy.zero_stage > 0, trainer.strategy.zero_stage == 3
     split = processes if is_zero else 1
-    on_device = 0 if is_offloaded else 1
+    on_device = 0 if trainer.strategy.is_offloaded else 1
     cached = feature_cache_mb * 2**20  # in main memory, which is a CPU's own
     kept = {
-        "weights": footprint.weights // processes * on_device if is_zero3 else footprint.weights,
+        "weights": footprint.weights // processes * on_device if are_weights_split else footprint.weights,
         "adapter": footprint.adapter + footprint.reference,
         "gradients": footprint.adapter // split,
-        "summed": footprint.adapter if trainer.strategy in (Strategy.ddp, Strategy.zero2) else 0,  # before the exchange
+        "summed": 0 if are_weights_split else footprint.adapter,  # of this rank, before the exchange
         "optimizer": (2 + is_zero) * footprint.adapter // split * on_device,
         "buckets": footprint.adapter * (0 if trainer.strategy is Strategy.single else 2 if is_zero else 1),
         "features": footprint.features if trainer.accelerator == "gpu" else max(footprint.features, cached),
     }
-    gathered = footprint.weights - kept["weights"] if is_zero3 else 0
+    gathered = footprint.weights - kept["weights"] if are_weights_split else 0
     added = {
         "vision": footprint.vision + gathered,
         "sample": footprint.sample + gathered,
-        "update": footprint.update + (2 * footprint.largest_block if is_zero3 else 0),
+        "update": footprint.update + (2 * footprint.largest_block if are_weights_split else 0),
     }
     overhead = 0
     if trainer.accelerator == "gpu":

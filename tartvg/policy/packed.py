@@ -85,13 +85,13 @@ ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)
 
 def packed_states(
     language_model: Any, prompt: Tensor, prompt_positions: Tensor, rows: Tensor, row_positions: Tensor, attention: str,
-    is_split: bool = False,
+    use_reentrant: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Hidden states of a prompt's last token, (1, 1, hidden), and of its completions, (G, T, hidden).
 
     prompt (1, L, hidden) and rows (G, T, hidden) are embeddings; positions are int64 (3, L) and (T,), the latter
-    shared by all rows. `attention` names the library's implementation. With `is_split` (ZeRO-3) each layer is repeated
-    in a backward pass of its own: what autograd saves would hold weights that are released by then.
+    shared by all rows. `attention` names the library's implementation. With `use_reentrant` each layer is repeated
+    in a backward pass of its own, see `Policy.lockstep`.
     """
     (group, own, width), before = rows.shape, prompt.shape[1]
     num_rows = group if own else 0
@@ -101,11 +101,11 @@ def packed_states(
     hidden = torch.cat([prompt, rows.reshape(1, group * own, width)], dim=1)
     positions = torch.cat([prompt_positions, row_positions.repeat(group).expand(3, -1)], dim=1)
     angles = language_model.rotary_emb(hidden, positions[:, None])
-    if is_split and torch.is_grad_enabled():
+    if use_reentrant and torch.is_grad_enabled():
         hidden = hidden.detach().requires_grad_()  # such a pass needs an input with gradient; embeddings are frozen
     for layer in language_model.layers:
         run = partial(_layer, language_model, layer, angles, packing)
-        hidden = checkpoint(run, hidden, use_reentrant=is_split) if torch.is_grad_enabled() else run(hidden)
+        hidden = checkpoint(run, hidden, use_reentrant=use_reentrant) if torch.is_grad_enabled() else run(hidden)
     hidden = language_model.norm(hidden[:, before - 1 :])
     return hidden[:, :1], hidden[:, 1:].reshape(group, own, width)
 

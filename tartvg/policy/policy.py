@@ -55,9 +55,9 @@ class TokenBatch:
     """float32 (G, T), recorded while sampling; 0 on padding."""
 
 
-def token_batch(completions: Sequence[Completion], device: torch.device, at_least: int = 1) -> TokenBatch:
-    """Pad the completions of a group to the longest one, and to `at_least` tokens."""
-    longest = max(at_least, max(len(c.token_ids) for c in completions))
+def token_batch(completions: Sequence[Completion], device: torch.device) -> TokenBatch:
+    """Pad the completions of a group to the longest one."""
+    longest = max(len(c.token_ids) for c in completions)
     ids = torch.zeros(len(completions), longest, dtype=torch.long)
     mask = torch.zeros(len(completions), longest, dtype=torch.bool)
     logps = torch.zeros(len(completions), longest)
@@ -99,6 +99,8 @@ class Policy(torch.nn.Module):
         self.disk = self._disk_cache()
         self.clips = ClipReader()
         self.timer = PhaseTimer()
+        self.lockstep_head_calls = 0
+        """Inside `lockstep`: how often each call of `logps` calls the output head; 0 outside."""
         banned = [self.tokenizer.convert_tokens_to_ids(t) for t in NEVER_SAMPLED]
         self.banned = [b for b in banned if b is not None and b != self.tokenizer.unk_token_id]
         self.end_id = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
@@ -284,49 +286,60 @@ class Policy(torch.nn.Module):
 
     # -- log-probabilities -------------------------------------------------------------------------------------------
 
-    def logps(
-        self, prepared: PreparedPrompt, tokens: TokenBatch, temperature: float = 1.0, num_chunks: int = 0
-    ) -> Tensor:
+    def logps(self, prepared: PreparedPrompt, tokens: TokenBatch, temperature: float = 1.0) -> Tensor:
         """log-probabilities of the completions of one prompt: float32 (G, T), 0 on padding.
 
         With `policy.shared_prefix` the prompt runs once, with gradient, and the G completions run as one batch on
         top; else the whole sequence runs G times, which gives the same numbers slowly. `policy.memory_saving` is a
         third way to them (`tartvg.policy.packed`).
-
-        `num_chunks` > 0 is for ZeRO-3: the head is called at least so often, without work where there is none, as all
-        processes must call it equally often; and it is repeated in a backward pass of its own, as autograd's saved
-        tensors would hold weights that are released by then.
         """
-        states, ids = self._states(prepared, tokens, num_chunks > 0)[tokens.mask], tokens.ids[tokens.mask]
+        num_calls, length = self.lockstep_head_calls, tokens.ids.shape[1]
+        if num_calls and length == 1:  # a lone token needs no pass of the completions, which all ranks have to take
+            tokens = TokenBatch(*(torch.nn.functional.pad(t, (0, 1)) for t in (tokens.ids, tokens.mask, tokens.logps)))
+        states, ids = self._states(prepared, tokens)[tokens.mask], tokens.ids[tokens.mask]
         parts, size = [], self.settings.logit_chunk
         chunks = list(zip(states.split(size), ids.split(size), strict=True))
-        chunks += [(states[:0], ids[:0])] * (num_chunks - len(chunks))
+        chunks += [(states[:0], ids[:0])] * (num_calls - len(chunks))
         for chunk, target in chunks:
             if torch.is_grad_enabled():
                 # logits of a chunk are made again in the backward pass instead of being kept
-                parts.append(checkpoint(self._chunk_logps, chunk, target, temperature, use_reentrant=num_chunks > 0))
+                parts.append(checkpoint(self._chunk_logps, chunk, target, temperature, use_reentrant=num_calls > 0))
             else:
                 parts.append(self._chunk_logps(chunk, target, temperature))
-        return torch.zeros(tokens.mask.shape, device=states.device).masked_scatter(tokens.mask, torch.cat(parts))
+        logps = torch.zeros(tokens.mask.shape, device=states.device).masked_scatter(tokens.mask, torch.cat(parts))
+        return logps[:, :length]
 
-    def num_chunks(self, tokens: TokenBatch) -> int:
-        """How often `logps` calls the head."""
-        return max(1, -(-int(tokens.mask.sum()) // self.settings.logit_chunk))
+    def num_head_calls(self, num_tokens: int) -> int:
+        """Calls of the output head that `logps` needs for so many completion tokens."""
+        return max(1, -(-num_tokens // self.settings.logit_chunk))
 
-    def idle(self, num_chunks: int = 0) -> Tensor:
-        """0, by way of every module that `logps` uses: a process without work keeps step with the others."""
+    @contextmanager
+    def lockstep(self, num_head_calls: int) -> Iterator[None]:
+        """Inside the block all ranks take equal passes through every module, as ZeRO-3 needs it.
+
+        `logps` calls the head so often, without work where there is none. Checkpointed layers and the head run a
+        backward pass of their own: tensors saved by autograd would hold weights that are released by then.
+        """
+        self.lockstep_head_calls = num_head_calls
+        try:
+            yield
+        finally:
+            self.lockstep_head_calls = 0
+
+    def empty_pass(self) -> Tensor:
+        """Return 0 by way of every module that `logps` uses, for a rank that has nothing to compute in lockstep."""
         ids = torch.full((1, 2), self.end_id, device=self.device)
         width = self.language_model.config.hidden_size
         video = VideoFeatures(torch.zeros(0, width, device=self.device), (0, 0, 0), 0.0, 0.0)
         sample = GroundingSample("", Path(), "", (), 0.0, "train")
         inputs = PromptInputs(ids[0], torch.arange(2, device=self.device).expand(3, -1), ids[0] != self.end_id)
         tokens = TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1, 2, device=self.device))
-        return 0.0 * self.logps(PreparedPrompt(Prompt(sample, ""), inputs, video), tokens, num_chunks=num_chunks).sum()
+        return 0.0 * self.logps(PreparedPrompt(Prompt(sample, ""), inputs, video), tokens).sum()
 
     def _chunk_logps(self, states: Tensor, ids: Tensor, temperature: float) -> Tensor:
         return (self._logits(states) / temperature).log_softmax(dim=-1).gather(-1, ids[:, None])[:, 0]
 
-    def _states(self, prepared: PreparedPrompt, tokens: TokenBatch, is_split: bool = False) -> Tensor:
+    def _states(self, prepared: PreparedPrompt, tokens: TokenBatch) -> Tensor:
         """Hidden states that predict each completion token: (G, T, hidden)."""
         if not self.settings.shared_prefix:
             return self._naive(prepared, tokens)
@@ -336,7 +349,8 @@ class Policy(torch.nn.Module):
         if self.settings.memory_saving:
             prompt, positions = self._embed_prompt(prepared), prepared.inputs.positions.to(self.device)
             name = self.settings.attention
-            last, states = packed_states(self.language_model, prompt, positions, rows, steps, name, is_split)
+            is_reentrant = self.lockstep_head_calls > 0
+            last, states = packed_states(self.language_model, prompt, positions, rows, steps, name, is_reentrant)
             return torch.cat([last.expand(group, -1, -1), states], dim=1)
         prefix, last = self._prefill(prepared)
         last = last.expand(group, -1, -1)

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from tartvg.config import Config, SettingError
-from tartvg.config.choices import ZERO3
 from tartvg.data.clips import ClipReader
 from tartvg.data.datasets import load_samples
 from tartvg.policy.features import FeatureCache
@@ -49,7 +48,7 @@ def load_policy(config: Config, adapter: Path | None, *, is_trained: bool = Fals
     policy = Policy(settings, adapter, config.seed)
     policy.cache = _cache(f"{settings.path}@{settings.revision}:{settings.precision.value}", settings.feature_cache_mb)
     policy.clips = clip_reader(config)
-    is_split = is_trained and config.trainer.strategy in ZERO3
+    is_split = is_trained and config.trainer.strategy.zero_stage == 3
     if config.trainer.accelerator == "gpu" and not is_split:
         policy.to(torch.device("cuda", torch.cuda.current_device()))
     return policy

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from tartvg.config import Config, FilterConfig, GrpoConfig, require
 from tartvg.policy.torch_setup import set_up_torch
-from tartvg.records import to_json
 from tartvg.rewards import Rubric
-from tartvg.stages.choice import selection_key, selection_of
-from tartvg.stages.common import adapter_of, base_identity, clip_reader, keep_before, load_policy, prompts_of
+from tartvg.stages.choice import selection_key
+from tartvg.stages.common import adapter_of, base_identity, clip_reader, prompts_of
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.stages.memory import refuse_what_cannot_fit
-from tartvg.tracking import Tracker
+from tartvg.stages.train import Setup, train_stage
 from tartvg.training import distributed
-from tartvg.training.batches import StepDataset, step_loader
-from tartvg.training.faults import FAULTS
+from tartvg.training.batches import StepBatch, StepDataset, step_loader
 from tartvg.training.grpo_module import GrpoModule
-from tartvg.training.step import StageRun
-from tartvg.training.trainer import make_trainer
 
 
 def start_adapter(config: Config, stage: str) -> Path | None:
@@ -61,39 +58,41 @@ def run_grpo(config: Config, stage: str) -> None:
 
 
 def own_settings(settings: GrpoConfig) -> GrpoConfig:
-    """The settings without the number of steps, which each stage works out for itself."""
-    return replace(settings, max_steps=1, grpo2_max_steps=None, whole_budget=False, rollouts_per_step=None)
+    """The settings that a stage's result depends on, without the number of steps, which each stage works out itself."""
+    return replace(
+        settings, max_steps=1, grpo2_max_steps=None, whole_budget=False, rollouts_per_step=None, rows_per_pass=None
+    )
 
 
 def _train(config: Config, stage: str, folder: Path, start: Path | None, max_steps: int) -> None:
     with distributed.rank_zero_first():
         prompts = prompts_of(config, "train")
     refuse_what_cannot_fit(config)
-    policy = load_policy(config, start, is_trained=True)
-    run = StageRun.from_config(
-        config.trainer, stage, folder, config.seed, max_steps, config.monitors, config.anchors.target
-    )
-    rubric = Rubric(config.reward, config.anchors)
-    is_rank_zero = distributed.is_rank_zero()
-    tracker = Tracker(folder, config.tracking, config.name, stage, to_json(config), config.seed, is_active=is_rank_zero)
-    module = GrpoModule(policy, rubric, config.grpo, config.anchors, run, tracker)
-    module.selection = selection_of(config, folder, max_steps)
-    tracker.resume_at(module.start_step)
-    if is_rank_zero:
-        keep_before(folder / "rollouts.jsonl", module.start_step)
-        keep_before(folder / FAULTS, module.start_step)
-    frames = config.policy.frames if config.trainer.num_workers else None
-    share = (distributed.rank(), distributed.world_size())
-    steps = StepDataset(
-        prompts, config.grpo.prompts_per_step, config.seed, module.start_step, max_steps, frames, clip_reader(config),
-        share,
+
+    def make_module(setup: Setup) -> GrpoModule:
+        rubric = Rubric(config.reward, config.anchors)
+        return GrpoModule(
+            setup.policy, rubric, config.grpo, config.anchors, setup.run, setup.tracker, setup.checkpoint,
+            setup.validation,
+        )  # fmt: skip
+
+    def make_loader(start_step: int) -> Iterable[StepBatch]:
+        frames = config.policy.frames if config.trainer.num_workers else None
+        share = (distributed.rank(), distributed.world_size())
+        steps = StepDataset(
+            prompts,
+            config.grpo.prompts_per_step,
+            config.seed,
+            start_step,
+            max_steps,
+            frames,
+            clip_reader(config),
+            share,
+        )
+        return step_loader(steps, config.trainer.num_workers)
+
+    train_stage(
+        config, stage, folder, max_steps, start, make_module, make_loader,
+        inputs=[] if start is None else [(f"{start.parent.name}-adapter", "adapter", start)],
+        outputs=[(f"{stage}-rollouts", "rollouts", folder / "rollouts.jsonl")],
     )  # fmt: skip
-    with tracker, module.preemptible():
-        if start is not None:
-            tracker.uses(f"{start.parent.name}-adapter", "adapter", start)
-        if len(steps):
-            trainer = make_trainer(config.trainer, folder, config.grpo.max_grad_norm)
-            trainer.fit(module, step_loader(steps, config.trainer.num_workers))
-        module.save_result()
-        tracker.artifact(f"{stage}-adapter", "adapter", folder / "adapter")
-        tracker.artifact(f"{stage}-rollouts", "rollouts", folder / "rollouts.jsonl")

@@ -54,7 +54,7 @@ def _draw(config: Config, folder: Path, max_steps: int) -> None:
     with tracker, torch.no_grad():
         for index in range(len(steps)):
             batch = steps[index]
-            groups = [group for _, _, group in module.rollout(module.prepare(batch), batch.step)]
+            groups = [group for _, _, group in module.sample_and_score(module.prepare(batch), batch.step)]
             module.record(groups, batch.step)
             tracker.log(rollout_metrics(groups, config.anchors.target) | module.policy.timer.flush(), batch.step)
             if config.trainer.progress_bar:

@@ -8,17 +8,14 @@ from torch.utils.data import DataLoader
 
 from tartvg.config import Config, SettingError
 from tartvg.policy.torch_setup import set_up_torch
-from tartvg.records import read_jsonl, to_json, trace_from_json
-from tartvg.stages.choice import selection_key, selection_of
-from tartvg.stages.common import base_identity, keep_before, load_policy, prompts_of
+from tartvg.records import read_jsonl, trace_from_json
+from tartvg.stages.choice import selection_key
+from tartvg.stages.common import base_identity, prompts_of
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
-from tartvg.tracking import Tracker
+from tartvg.stages.train import Setup, train_stage
 from tartvg.training import distributed
 from tartvg.training.batches import first
-from tartvg.training.faults import FAULTS
-from tartvg.training.sft_module import SftModule, TraceDataset
-from tartvg.training.step import StageRun
-from tartvg.training.trainer import make_trainer
+from tartvg.training.sft_module import SftModule, TraceBatch, TraceDataset
 
 
 def run_sft(config: Config) -> None:
@@ -42,22 +39,15 @@ def _train(config: Config, folder: Path, source: Path) -> None:
     traces = [trace_from_json(row) for row in read_jsonl(source)]
     with distributed.rank_zero_first():
         prompts = {p.sample.sample_id: p for p in prompts_of(config, "train")}
-    policy = load_policy(config, None, is_trained=True)
+
+    def make_module(setup: Setup) -> SftModule:
+        return SftModule(setup.policy, config.sft, setup.run, setup.tracker, setup.checkpoint, setup.validation)
+
+    def make_loader(start_step: int) -> DataLoader[TraceBatch]:
+        share = (distributed.rank(), distributed.world_size())
+        steps = TraceDataset(traces, prompts, config.sft, config.seed, start_step, share)
+        return DataLoader(steps, batch_size=1, shuffle=False, collate_fn=first)
+
     max_steps = TraceDataset(traces, prompts, config.sft, config.seed).stop
-    run = StageRun.from_config(config.trainer, "sft", folder, config.seed, max_steps, config.monitors)
-    is_rank_zero = distributed.is_rank_zero()
-    tracker = Tracker(folder, config.tracking, config.name, "sft", to_json(config), config.seed, is_active=is_rank_zero)
-    module = SftModule(policy, config.sft, run, tracker)
-    module.selection = selection_of(config, folder, max_steps)
-    tracker.resume_at(module.start_step)
-    if is_rank_zero:
-        keep_before(folder / FAULTS, module.start_step)
-    share = (distributed.rank(), distributed.world_size())
-    steps = TraceDataset(traces, prompts, config.sft, config.seed, module.start_step, share)
-    with tracker, module.preemptible():
-        tracker.uses("traces", "traces", source)
-        if len(steps):
-            loader = DataLoader(steps, batch_size=1, shuffle=False, collate_fn=first)
-            make_trainer(config.trainer, folder, config.sft.max_grad_norm).fit(module, loader)
-        module.save_result()
-        tracker.artifact("sft-adapter", "adapter", folder / "adapter")
+    inputs = [("traces", "traces", source)]
+    train_stage(config, "sft", folder, max_steps, None, make_module, make_loader, inputs)

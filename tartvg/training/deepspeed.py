@@ -1,9 +1,4 @@
-"""How the processes of a training share the work: Lightning's strategies, and DeepSpeed's particulars in one place.
-
-`single` and `ddp` keep the whole model on every process. `zero2` splits gradients and optimiser state, `zero3` the
-weights too, and `zero3_offload` keeps them in main memory. The modules do not know which one runs: what differs is an
-`Engine` (see `engines.py`) and the classes here.
-"""
+"""DeepSpeed under Lightning on any device, and ZeRO-2: all of DeepSpeed's particulars but those of ZeRO-3."""
 
 from __future__ import annotations
 
@@ -12,54 +7,46 @@ from typing import Any
 from unittest import mock
 
 import torch
-from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from lightning_fabric.utilities.seed import reset_seed
 from pytorch_lightning import Trainer
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from torch import Tensor
 
-from tartvg.config import Strategy as Name
 from tartvg.config import TrainerConfig
-from tartvg.config.choices import ZERO3
+from tartvg.training.engine import Accept, Engine, Losses
 
 BUCKET = 4_000_000
-"""Numbers that travel in one message. DeepSpeed's default allocates 2 GB on every process, for an adapter of 0.2 GB."""
+"""Elements per message. DeepSpeed's default allocates 2 GB on every process, for an adapter of 0.2 GB."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def zero_config(settings: TrainerConfig, max_grad_norm: float) -> dict[str, Any]:
-    """DeepSpeed's own settings. Clipping is among them: torch's function sees no gradient under ZeRO, and says nothing.
+def zero_config(settings: TrainerConfig, max_grad_norm: float, **zero: Any) -> dict[str, Any]:
+    """DeepSpeed's own settings; `zero` adds to or replaces those of its ZeRO section.
 
-    Accumulation is not: the micro-batches of a step are ours to count, see `engines.ZeroEngine`.
+    Clipping is among them: under ZeRO torch's function sees no gradient, and says nothing. Accumulation is not: the
+    micro-batches of a step are ours to count, see `ZeroEngine.step`.
     """
-    is_offloaded = settings.strategy is Name.zero3_offload
-    zero: dict[str, Any] = {
-        "stage": 3 if settings.strategy in ZERO3 else 2,
-        "overlap_comm": False,  # gradients are reduced once, after the last micro-batch: there is nothing to overlap
-        "contiguous_gradients": True,
-        "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
-        "stage3_param_persistence_threshold": settings.persist_below,
-        "stage3_max_reuse_distance": settings.keep_within,
-    }
-    if is_offloaded:
-        place = {"device": "cpu", "pin_memory": settings.accelerator == "gpu"}
-        zero |= {"offload_param": place, "offload_optimizer": place}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_clipping": max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # an adapter's AdamW is small; DeepSpeed's own would be compiled first
-        "zero_optimization": zero,
+        "zero_optimization": {
+            "stage": settings.strategy.zero_stage,
+            "overlap_comm": False,  # gradients are reduced once, after the last micro-batch: nothing overlaps
+            "contiguous_gradients": True,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+            **zero,
+        },
     }
 
 
 class AnyDeviceZero(DeepSpeedStrategy):
-    """Lightning's strategy, on the CPU as well, and loading a large model piece by piece.
+    """Lightning's strategy on the CPU as well.
 
-    On the CPU three things of the library are in the way: its check for CUDA, the device number that it hands to
-    DeepSpeed, and a C++ extension for messages that DeepSpeed would compile for a minute; gloo does without it.
-    Under ZeRO-3 the weights are split one by one from the checkpoint's files, which all processes of a machine have
-    mapped and none has copied, where the files have the precision that is asked for. The adapter is complete by that
-    time: splitting while the modules are built would leave its B matrices other than zero, silently.
+    There three things of the library are in the way: its check for CUDA, the device number that it hands to DeepSpeed,
+    and a C++ extension for messages that DeepSpeed would compile for a minute; gloo does without it.
     """
 
     @property
@@ -91,54 +78,94 @@ class AnyDeviceZero(DeepSpeedStrategy):
             super().setup(trainer)
 
     def init_deepspeed(self) -> None:
-        """Split the weights, then build the engine; on the CPU without the device number."""
+        """Build DeepSpeed's engine; on the CPU without the device number."""
         import deepspeed
 
-        real = deepspeed.initialize
+        initialize = deepspeed.initialize
 
         def without_device(*args: Any, **kwargs: Any) -> Any:
-            return real(*args, **{k: v for k, v in kwargs.items() if k != "args"})
+            return initialize(*args, **{k: v for k, v in kwargs.items() if k != "args"})
 
-        if self.zero_stage_3:
-            assert self.model is not None
-            one_by_one()(module=self.model, config_dict_or_path=self.config)
-            for buffer in self.model.buffers():
-                buffer.data = buffer.data.to(self.root_device)
         with ExitStack() as stack:
             if self._is_cpu:
                 stack.enter_context(mock.patch.object(deepspeed, "initialize", without_device))
             super().init_deepspeed()
 
-    def teardown(self) -> None:
-        """Give torch its own linear layer back: ZeRO-3 replaces it for the whole process, for good."""
-        from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patches
 
-        super().teardown()
-        torch.nn.functional.linear = getattr(Patches, "linear_bk", torch.nn.functional.linear)
+class ZeroEngine(Engine):
+    """ZeRO-2: every rank holds all weights; gradients and optimiser state are partitioned."""
 
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's engine."""
+        return self.module.trainer.strategy.model
 
-def one_by_one() -> type[Any]:
-    """DeepSpeed's class that splits weights; made here, as its import is slow and reads the environment."""
-    import deepspeed
+    def step(self, losses: Losses, max_norm: float, accept: Accept) -> tuple[float, bool]:
+        """Step once; `max_norm` stands in DeepSpeed's own settings, see `zero_config`.
 
-    class OneByOne(deepspeed.zero.Init):
-        """It writes process 0's weight over each other's: on the CPU into the mapped file, which would copy all of it.
-
-        A page of a mapped file that was written to stays in memory as long as any weight of that file is there.
+        Without the block each backward pass would replace the gradients of the one before, silently. DeepSpeed itself
+        skips a step whose norm is not finite, on all ranks, and reports infinity as its norm.
         """
+        with self.deepspeed.coalesce_grad_reduction():
+            try:
+                self.backward(losses)
+            except BaseException:
+                for weight in self.parameters:
+                    weight.grad = None  # or the end of the block would exchange it, with ranks that do not
+                raise
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        norm = float(self.deepspeed.get_global_grad_norm())
+        is_taken = accept(norm)
+        if is_taken == bool(self.deepspeed.optimizer.overflow):
+            raise RuntimeError(f"DeepSpeed and this program disagree about a step with the gradient norm {norm}")
+        return norm, is_taken
 
-        def _zero_init_param(self, param: torch.nn.Parameter) -> None:
-            if param.device.type == "cpu":
-                param.data = param.data.clone()
-            super()._zero_init_param(param)
+    def weights(self) -> dict[str, Tensor]:
+        """Gather the optimiser's fp32 copies."""
+        from deepspeed.utils import safe_get_full_fp32_param
 
-    return OneByOne
+        return {name: safe_get_full_fp32_param(p).detach().cpu().clone() for name, p in self.named.items()}
 
+    def optimizer_state(self) -> dict[str, Any]:
+        """Gather the moments of every weight, numbered as in one process."""
+        from deepspeed.utils import safe_get_full_optimizer_state
 
-def make_strategy(settings: TrainerConfig, max_grad_norm: float) -> Strategy | str:
-    """Lightning's strategy for `trainer.strategy`."""
-    if settings.strategy is Name.single:
-        return "auto"
-    if settings.strategy is Name.ddp:
-        return DDPStrategy(cluster_environment=TorchElasticEnvironment())
-    return AnyDeviceZero(cluster_environment=TorchElasticEnvironment(), config=zero_config(settings, max_grad_norm))
+        inner = self._inner
+        steps = [row["step"].detach().cpu() for row in inner.state.values() if "step" in row]
+        state = {}
+        for number, parameter in enumerate(self.named.values() if steps else ()):
+            moments = {key: safe_get_full_optimizer_state(parameter, key).cpu().clone() for key in MOMENTS}
+            state[number] = {"step": steps[0].clone(), **moments}
+        groups = [{**group, "params": list(range(len(self.named)))} for group in inner.param_groups]
+        return {"state": state, "param_groups": groups}
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        """Fill this rank's part. The moments must exist before DeepSpeed can fill them."""
+        zero, rows = self.deepspeed.optimizer, state["state"]
+        if not rows:
+            return
+        for flat in self._flat_partitions(zero):
+            empty = {key: torch.zeros_like(flat) for key in MOMENTS}
+            self._inner.state[flat] = {"step": rows[0]["step"].clone(), **empty}
+        self._link(zero)
+        for number, parameter in enumerate(self.named.values()):
+            for key in MOMENTS:
+                self._fill(parameter, rows[number][key].to(parameter.device), key)
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """The AdamW of this rank's part."""
+        inner: torch.optim.Optimizer = self.deepspeed.optimizer.optimizer
+        return inner
+
+    def _flat_partitions(self, zero: Any) -> list[Tensor]:
+        return list(zero.single_partition_of_fp32_groups)
+
+    def _link(self, zero: Any) -> None:
+        zero._lazy_init_hp_params_optimizer_state()
+
+    def _fill(self, parameter: torch.nn.Parameter, value: Tensor, key: str) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value, key)

@@ -1,11 +1,10 @@
-"""GRPO as the paper's algorithm: sample, judge, compare within the group, update.
+"""GRPO as Algorithm 1 has it: sample a group per prompt, score it, compare within the group, update.
 
-Dimensions: P prompts, G rollouts per prompt, T tokens.
+Dimensions: P prompts, G rollouts per prompt, T tokens. Lists named `_P` have one entry per prompt of this rank.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,15 @@ from torch import Tensor
 
 from tartvg.config import Aggregation, AnchorsConfig, GrpoConfig
 from tartvg.data.packets import VideoError
-from tartvg.grpo import LossInputs, LossSettings, group_advantages, grpo_loss, rollout_metrics
+from tartvg.grpo import (
+    LossInputs,
+    LossOutput,
+    LossSettings,
+    group_advantages,
+    grpo_loss,
+    merged_metrics,
+    rollout_metrics,
+)
 from tartvg.grpo.aggregation import divisor
 from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch, stream_seed, token_batch
 from tartvg.records import append_jsonl, group_from_json, to_json
@@ -26,40 +33,40 @@ from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
 from tartvg.training import distributed
 from tartvg.training.batches import StepBatch
-from tartvg.training.out_of_memory import WHOLE, NothingFits, fit_rows, merge_parts
+from tartvg.training.checkpoint import Checkpoint
+from tartvg.training.out_of_memory import ALL_ROWS, in_fewest_parts, is_out_of_memory
 from tartvg.training.probes import Row, control_rows, drift_rows, is_due, measured, rows_of, sampler_gap
 from tartvg.training.step import StageRun, StepModule
+from tartvg.training.update import UpdateResult
+from tartvg.training.validation import Selection
 from tartvg.types import Completion, Prompt, Rollout, RolloutGroup
-
-Parts = list[tuple[dict[str, Tensor], int]]
-"""Loss metrics and number of tokens of each part of a group that was computed at once."""
 
 
 @dataclass(frozen=True)
 class TrainingGroup:
-    """One group to learn from, with everything that the updates have in common."""
+    """One group to learn from, with all that its updates have in common."""
 
-    place: int
-    """Among the groups of all processes."""
+    index: int
+    """Among the groups of all ranks."""
     prepared: PreparedPrompt
     group: RolloutGroup
     tokens: TokenBatch
     reference_GT: Tensor | None
-    """None without a KL penalty."""
+    """log-probabilities under the reference; None without a KL penalty."""
     old_GT: Tensor
-    """Of the policy that sampled, as the first update computes them. Those recorded while sampling come from other
-    kernels: in 16 bits they differ enough to leave a narrow clip range before any update."""
+    """log-probabilities under the policy that sampled, filled by the first update. Those recorded while sampling come
+    from other kernels: in 16 bits they differ enough to leave a narrow clip range before any update."""
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What one process drew and trains on in one step."""
+    """What one rank sampled and learns from in one step."""
 
-    drawn: list[tuple[int, RolloutGroup]]
-    """All its groups, with their places."""
-    works: list[TrainingGroup]
-    rows: list[Row]
-    """What was measured for the monitors: so many kinds of rows, each with one row per group of `works`."""
+    sampled: list[tuple[int, RolloutGroup]]
+    """All its groups, with their indices among those of all ranks."""
+    groups: list[TrainingGroup]
+    probes: list[Row]
+    """What was measured for the monitors: so many kinds of rows, each with one row per entry of `groups`."""
 
 
 class GrpoModule(StepModule):
@@ -69,268 +76,235 @@ class GrpoModule(StepModule):
 
     def __init__(
         self, policy: Policy, rubric: Rubric, settings: GrpoConfig, anchors: AnchorsConfig, run: StageRun,
-        tracker: Tracker,
+        tracker: Tracker, checkpoint: Checkpoint | None = None, validation: Selection | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(policy, settings, run, tracker)
+        super().__init__(policy, settings, run, tracker, checkpoint, validation)
         self.rubric = rubric
         self.anchors = anchors
         self.loss_settings = LossSettings.from_config(settings)
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
-        """Everything without gradient: rollouts, rewards, reference. Not in the step, see `Engine.whole`."""
-        self.begin_step(batch.step)
-        self.experience = self.with_whole_weights(lambda: self.collect_experience(batch))
+        """Collect experience: everything without gradient."""
+        self.begin(batch.step)
+        self.experience = self.without_gradient(lambda: self.collect_experience(batch))
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
-        """One step of Algorithm 1: what was drawn is learned from, recorded and measured."""
-        mine = self.experience
-        del self.experience  # not to be kept until the next step has its own
-        metrics = self.measured_by_all(mine) | self.learn(mine, batch.step)
-        groups = self.all_groups(mine)
+        """Learn from it, and record it."""
+        experience = self.experience
+        del self.experience  # free before the next step collects its own
+        metrics = self.probe_metrics(experience) | self.learn(experience, batch.step)
+        groups = self.gathered_groups(experience)
         self.record(groups, batch.step)
-        self.end_step(batch.step, metrics | (rollout_metrics(groups, self.anchors.target) if groups else {}))
+        self.end(batch.step, metrics | (rollout_metrics(groups, self.anchors.target) if groups else {}))
 
-    # -- the steps of the step ---------------------------------------------------------------------------------------
+    # -- collect -------------------------------------------------------------------------------------------------------
 
     def collect_experience(self, batch: StepBatch) -> Experience:
-        """Rollouts of this process's prompts, what the reference thinks of them, and what monitors ask.
-
-        No process waits for another here.
-        """
-        drawn = self.rollout(self.prepare(batch), batch.step)
-        kept = [each for each in drawn if self.has_reward_spread(each[2])]
-        at_least = 2 if self.engine.is_even else 1  # one token alone needs one pass fewer
-        device = self.policy.device
-        prepared = [prompt for _, prompt, _ in kept]
-        tokens = [token_batch([r.completion for r in group.rollouts], device, at_least) for _, _, group in kept]
-        references = self.reference_logps(prepared, tokens)
-        rows = self.measure(prepared, tokens, references, batch.step)
-        works = [
-            TrainingGroup(place, prompt, group, batch_of, reference, torch.zeros_like(batch_of.logps))
-            for (place, prompt, group), batch_of, reference in zip(kept, tokens, references, strict=True)
+        """Sample and score groups; compute reference log-probabilities and what the monitors ask for."""
+        sampled = self.sample_and_score(self.prepare(batch), batch.step)
+        kept = [each for each in sampled if self.has_reward_spread(each[2])]
+        prepared_P = [prepared for _, prepared, _ in kept]
+        tokens_P = [token_batch([r.completion for r in group.rollouts], self.policy.device) for _, _, group in kept]
+        reference_P = self.reference_logps(prepared_P, tokens_P) if self.settings.kl_coef else [None] * len(kept)
+        probes = self.probe(prepared_P, tokens_P, reference_P, batch.step)
+        groups = [
+            TrainingGroup(index, prepared, group, tokens, reference_GT, torch.zeros_like(tokens.logps))
+            for (index, prepared, group), tokens, reference_GT in zip(kept, tokens_P, reference_P, strict=True)
         ]
-        return Experience([(place, group) for place, _, group in drawn], works, rows)
-
-    def measured_by_all(self, mine: Experience) -> dict[str, float]:
-        """What was measured for the monitors, over all processes."""
-        kinds = len(mine.rows) // max(1, len(mine.works))
-        return measured(self.of_all([work.place for work in mine.works] * kinds, mine.rows))
-
-    def has_reward_spread(self, group: RolloutGroup) -> bool:
-        """Whether a group is trained on: with `drop_zero_variance`, one whose rewards differ."""
-        return not self.settings.drop_zero_variance or len({r.reward.total for r in group.rollouts}) > 1
-
-    def learn(self, mine: Experience, step: int) -> dict[str, float]:
-        """Advantages, and `num_iterations` updates on the rollouts; their metrics."""
-        works = mine.works
-        num_drawn, num_works = map(int, distributed.all_reduce_sum(len(mine.drawn), len(works)))
-        if not num_works:
-            return self.nothing_to_learn(step, is_fault=not num_drawn)
-        advantages = [self.advantages(work.group) for work in works]
-        chunks = self.even_chunks([work.tokens for work in works])
-        normaliser = self.normaliser(works)
-        metrics: dict[str, float] = {}
-        for iteration in range(self.settings.num_iterations):
-            parts: list[Parts] = [[] for _ in works]
-            share = partial(
-                self.group_loss, num_groups=num_works, normaliser=normaliser, num_chunks=chunks,
-                is_first=iteration == 0,
-            )  # fmt: skip
-            losses = [
-                self.loss_of(work.prepared, work.tokens, partial(share, work, advantages_G, part), part)
-                for work, advantages_G, part in zip(works, advantages, parts, strict=True)
-            ]
-            try:
-                with self.policy.timer("update"):
-                    metrics["optim/grad_norm"] = self.fitting_update(losses, step, chunks)
-            except NothingFits:
-                return metrics | self.nothing_to_learn(step, is_fault=True)
-            metrics |= self.loss_metrics([work.place for work in works], parts)
-            self.judge_update(step, metrics, partial(self.offending_groups, works, advantages, parts))
-        return metrics
+        return Experience([(index, group) for index, _, group in sampled], groups, probes)
 
     def prepare(self, batch: StepBatch) -> list[tuple[int, PreparedPrompt]]:
-        """Prompts with their videos and places; one that cannot be decoded is left out, and says so."""
+        """Encode prompts and videos; skip a prompt whose video cannot be decoded."""
         prepared = []
-        for place, prompt, clip in zip(batch.places, batch.prompts, batch.clips, strict=True):
+        for index, prompt, clip in zip(batch.places, batch.prompts, batch.clips, strict=True):
             try:
-                prepared.append((place, self.policy.prepare(prompt, clip)))
+                prepared.append((index, self.policy.prepare(prompt, clip)))
             except VideoError as error:
                 print(f"step {batch.step}: training goes on without {prompt.sample.sample_id}: {error}")
         return prepared
 
-    def normaliser(self, works: Sequence[TrainingGroup]) -> float | None:
-        """The tokens of all groups of all processes, where the loss is a mean over tokens; else None.
-
-        The other aggregations divide by constants: the mean over groups is right for them.
-        """
-        if self.settings.aggregation is not Aggregation.token_mean:
-            return None
-        return max(1.0, distributed.all_reduce_sum(sum(float(self.mask(w.tokens, w.group).sum()) for w in works))[0])
-
-    def mask(self, tokens: TokenBatch, group: RolloutGroup) -> Tensor:
-        """The tokens that count in the loss: bool (G, T)."""
-        if not self.settings.mask_truncated:
-            return tokens.mask
-        finished = torch.tensor([r.completion.is_finished for r in group.rollouts], device=tokens.mask.device)
-        return tokens.mask & finished[:, None]
-
-    def loss_metrics(self, places: Sequence[int], parts: Sequence[Parts]) -> dict[str, float]:
-        """The loss metrics of all groups of all processes, averaged over groups."""
-        done = [(place, merge_parts(part)) for place, part in zip(places, parts, strict=True) if part]
-        rows = [{name: float(value) for name, value in metrics.items()} for _, metrics in done]
-        everyone = self.of_all([place for place, _ in done], rows)
-        return {name: float(torch.tensor([m[name] for m in everyone]).mean()) for name in everyone[0]}
-
-    def all_groups(self, mine: Experience) -> list[RolloutGroup]:
-        """The groups of all processes, in the order of a single one."""
-        groups = [group for _, group in mine.drawn]
-        if distributed.world_size() == 1:
-            return groups
-        rows = self.of_all([place for place, _ in mine.drawn], list(map(with_rounded_logps, groups)))
-        return [group_from_json(row) for row in rows]
-
-    def of_all(self, places: Sequence[int], rows: Sequence[Any]) -> list[Any]:
-        """One row per place of this process -> the rows of all processes as JSON values, in order of their places.
-
-        Numbers that are not finite stay what they are: the words NaN and Infinity are no JSON, but Python's own.
-        """
-        if distributed.world_size() == 1:
-            return list(rows)
-        lines = distributed.all_gather_lines(
-            [json.dumps(to_json([place, row])) for place, row in zip(places, rows, strict=True)]
-        )
-        return [row for _, row in sorted(map(json.loads, lines), key=lambda pair: int(pair[0]))]
-
-    def rollout(
-        self, found: Sequence[tuple[int, PreparedPrompt]], step: int
+    def sample_and_score(
+        self, prompts: Sequence[tuple[int, PreparedPrompt]], step: int
     ) -> list[tuple[int, PreparedPrompt, RolloutGroup]]:
-        """G completions for each prompt, read and judged; a prompt that memory does not suffice for is left out."""
-        size = self.settings.prompts_at_once or max(1, len(found))
-        kept = []
-        for start in range(0, len(found), size):
-            kept += self.sample_fitting(found[start : start + size], step)
+        """Sample G completions of each prompt, `sampling_batch_size` prompts at a time, then parse and score them."""
+        size = self.settings.prompts_at_once or max(1, len(prompts))
+        sampled = []
+        for start in range(0, len(prompts), size):
+            sampled += self.sample(prompts[start : start + size], step)
         with self.policy.timer("reward"):
-            return [(place, p, self.score(p.prompt, group, step)) for place, p, group in kept]
+            return [(index, p, self.score(p.prompt, completions, step)) for index, p, completions in sampled]
 
-    def sample_fitting(
-        self, found: Sequence[tuple[int, PreparedPrompt]], step: int
+    def sample(
+        self, prompts: Sequence[tuple[int, PreparedPrompt]], step: int
     ) -> list[tuple[int, PreparedPrompt, list[Completion]]]:
-        """All prompts together; where they do not fit, each half on its own. One that never fits is left out.
+        """Sample all prompts together; if they do not fit into memory, each half alone. Drop one that never fits.
 
-        A group depends on its own seed only: together or alone, it is the same.
+        A group depends on its own seed only, so it is the same either way.
         """
-        prepared = [p for _, p in found]
+        prepared = [p for _, p in prompts]
         ids = [p.prompt.sample.sample_id for p in prepared]
-        seeds = [stream_seed(self.run.seed, self.run.stage, step, name) for name in ids]
+        seeds = [stream_seed(self.run.seed, self.run.stage, step, sample_id) for sample_id in ids]
         try:
             groups = self.policy.sample(prepared, self.settings.group_size, self.settings.sampling, seeds)
-            return [(place, p, group) for (place, p), group in zip(found, groups, strict=True)]
+            return [(index, p, group) for (index, p), group in zip(prompts, groups, strict=True)]
         except Exception as error:
-            if not self.is_survivable(error):
+            if not is_out_of_memory(error):
                 raise
-        half = len(found) // 2
+        half = len(prompts) // 2
         action = "sampled in two halves" if half else "left out"
         self.faults.record_own(step, "out_of_memory", samples=ids, action=action, phase="sample")
-        if not half:
-            return []
-        return [*self.sample_fitting(found[:half], step), *self.sample_fitting(found[half:], step)]
+        return [*self.sample(prompts[:half], step), *self.sample(prompts[half:], step)] if half else []
 
     def score(self, prompt: Prompt, completions: Sequence[Completion], step: int) -> RolloutGroup:
-        """Responses and rewards of one group."""
+        """Parse the completions of one prompt and score them."""
         rollouts = []
         for completion in completions:
             response = parse_response(completion.text)
             rollouts.append(Rollout(completion, response, self.rubric.score(response, prompt.sample)))
         return RolloutGroup(prompt, tuple(rollouts), step)
 
-    def advantages(self, group: RolloutGroup) -> Tensor:
-        """A_G: each reward compared with its group."""
-        rewards_G = torch.tensor([r.reward.total for r in group.rollouts], dtype=torch.float32)
-        return group_advantages(rewards_G, self.settings.advantage, self.settings.advantage_eps).to(self.device)
+    def has_reward_spread(self, group: RolloutGroup) -> bool:
+        """Whether a group is trained on: with `drop_zero_variance`, only one whose rewards differ."""
+        return not self.settings.drop_zero_variance or len({r.reward.total for r in group.rollouts}) > 1
 
-    def reference_logps(
-        self, prepared: Sequence[PreparedPrompt], tokens: Sequence[TokenBatch]
-    ) -> list[Tensor] | list[None]:
-        """log-probabilities under the policy at the start of the stage; not needed without a KL penalty."""
-        if self.settings.kl_coef == 0:
-            return [None] * len(tokens)
-        return self.reference_pass(prepared, tokens)
-
-    def reference_pass(self, prepared: Sequence[PreparedPrompt], tokens: Sequence[TokenBatch]) -> list[Tensor]:
-        """log-probabilities under the policy at the start of the stage."""
+    def reference_logps(self, prepared_P: Sequence[PreparedPrompt], tokens_P: Sequence[TokenBatch]) -> list[Tensor]:
+        """log-probabilities (G, T) of each group under the policy at the start of the stage."""
         with self.policy.timer("reference"), self.policy.as_reference():
-            temperature = self.settings.sampling.temperature
             return [
-                torch.cat(fit_rows(partial(self.logps_of_rows, p, t, temperature), len(t.ids), self.is_survivable))
-                for p, t in zip(prepared, tokens, strict=True)
+                torch.cat(in_fewest_parts(partial(self.logps, prepared, tokens), len(tokens.ids)))
+                for prepared, tokens in zip(prepared_P, tokens_P, strict=True)
             ]
 
-    def logps_of_rows(
-        self, prepared: PreparedPrompt, tokens: TokenBatch, temperature: float, part: slice, num_chunks: int = 0
-    ) -> Tensor:
-        """log-probabilities of some completions of a group."""
-        return self.policy.logps(prepared, rows_of(tokens, part), temperature, num_chunks)
+    def logps(self, prepared: PreparedPrompt, tokens: TokenBatch, part: slice) -> Tensor:
+        """log-probabilities of some completions of a group, at the sampling temperature."""
+        return self.policy.logps(prepared, rows_of(tokens, part), self.settings.sampling.temperature)
 
-    def group_loss(
-        self, work: TrainingGroup, advantages_G: Tensor, parts: Parts, part: slice, *, num_groups: int,
-        normaliser: float | None = None, num_chunks: int = 0, is_first: bool = True,
-    ) -> Tensor:  # fmt: skip
-        """The share of some rows of one group in the step's loss; their metrics are appended to `parts`.
-
-        The first update keeps its log-probabilities for the later ones: the ratio of the first is exactly 1.
-        """
-        mask_GT = self.mask(work.tokens, work.group)
-        if normaliser is not None:  # the groups' losses add up, and their mean is what is logged
-            whole: float | None = normaliser / num_groups
-        elif part == WHOLE:
-            whole = None
-        else:
-            whole = divisor(mask_GT, self.settings.aggregation, self.loss_settings.max_new_tokens)
-        logps_GT = self.logps_of_rows(work.prepared, work.tokens, self.settings.sampling.temperature, part, num_chunks)
-        if is_first:
-            work.old_GT[part] = logps_GT.detach()
-        reference_GT = None if work.reference_GT is None else work.reference_GT[part]
-        inputs = LossInputs(logps_GT, work.old_GT[part], reference_GT, advantages_G[part], mask_GT[part])
-        output = grpo_loss(inputs, self.loss_settings, whole)
-        gap = {"rollout/logp_gap": sampler_gap(rows_of(work.tokens, part), work.old_GT[part])}
-        parts.append((output.metrics | gap, int(inputs.mask_GT.sum())))
-        return output.loss / num_groups
-
-    def measure(
-        self, prepared: Sequence[PreparedPrompt], tokens: Sequence[TokenBatch],
-        references: list[Tensor] | list[None], step: int,
+    def probe(
+        self, prepared_P: Sequence[PreparedPrompt], tokens_P: Sequence[TokenBatch],
+        reference_P: Sequence[Tensor | None], step: int,
     ) -> list[Row]:  # fmt: skip
-        """What the monitors need and the loss does not, where it is due."""
+        """Measure what the monitors need and the loss does not, where it is due."""
         due = self.run.monitors
         rows: list[Row] = []
         with self.policy.timer.booked_as("monitor"):
-            known = [r for r in references if r is not None]
+            known = [reference_GT for reference_GT in reference_P if reference_GT is not None]
             if not known and is_due(due.kl_every, step):
-                known = self.reference_pass(prepared, tokens)
+                known = self.reference_logps(prepared_P, tokens_P)
             if known:
-                rows += drift_rows(tokens, known)
+                rows += drift_rows(tokens_P, known)
             if is_due(due.control_every, step):
-                rows += control_rows(self.policy, prepared, self.settings.sampling, self.is_survivable)
+                rows += control_rows(self.policy, prepared_P, self.settings.sampling)
         return rows
 
+    def probe_metrics(self, experience: Experience) -> dict[str, float]:
+        """Metrics of the probes of all ranks."""
+        num_kinds = len(experience.probes) // max(1, len(experience.groups))
+        indices = [group.index for group in experience.groups] * num_kinds
+        return measured(distributed.all_gather_ordered(indices, experience.probes))
+
+    # -- learn ---------------------------------------------------------------------------------------------------------
+
+    def learn(self, experience: Experience, step: int) -> dict[str, float]:
+        """Compute advantages and make `num_iterations` updates; return their metrics."""
+        groups = experience.groups
+        num_sampled, num_groups = map(int, distributed.all_reduce_sum(len(experience.sampled), len(groups)))
+        if not num_groups:
+            return self.skip(step, is_fault=not num_sampled)
+        advantages_P = [self.advantages(group.group) for group in groups]
+        normaliser = self.normaliser(groups, num_groups)
+        metrics: dict[str, float] = {}
+        for iteration in range(self.settings.num_iterations):
+            loss = partial(self.loss, num_groups=num_groups, normaliser=normaliser, is_first=iteration == 0)
+            losses = [
+                self.as_group_loss(group.prepared, group.tokens, partial(loss, group, advantages_G))
+                for group, advantages_G in zip(groups, advantages_P, strict=True)
+            ]
+            with self.policy.timer("update"):
+                result = self.update(losses, step)
+            if result is None:
+                return metrics | self.skip(step, is_fault=True)
+            metrics |= self.loss_metrics(groups, result)
+            metrics |= self.check_update(step, result, partial(self.offending_groups, groups, advantages_P))
+        return metrics
+
+    def advantages(self, group: RolloutGroup) -> Tensor:
+        """A_G: each reward compared with those of its group."""
+        rewards_G = torch.tensor([r.reward.total for r in group.rollouts], dtype=torch.float32)
+        return group_advantages(rewards_G, self.settings.advantage, self.settings.advantage_eps).to(self.device)
+
+    def normaliser(self, groups: Sequence[TrainingGroup], num_groups: int) -> float | None:
+        """Tokens of all groups of all ranks over the number of groups, where the loss is a mean over tokens; else None.
+
+        The other aggregations divide by constants: the mean over groups is right for them.
+        """
+        if self.settings.aggregation is not Aggregation.token_mean:
+            return None
+        num_tokens = sum(float(self.mask(group.tokens, group.group).sum()) for group in groups)
+        return max(1.0, distributed.all_reduce_sum(num_tokens)[0]) / num_groups
+
+    def mask(self, tokens: TokenBatch, group: RolloutGroup) -> Tensor:
+        """Tokens that count in the loss: bool (G, T)."""
+        if not self.settings.mask_truncated:
+            return tokens.mask
+        is_finished_G = torch.tensor([r.completion.is_finished for r in group.rollouts], device=tokens.mask.device)
+        return tokens.mask & is_finished_G[:, None]
+
+    def loss(
+        self, group: TrainingGroup, advantages_G: Tensor, part: slice, *, num_groups: int,
+        normaliser: float | None = None, is_first: bool = True,
+    ) -> LossOutput:  # fmt: skip
+        """Share of some rows of one group in the step's loss.
+
+        The first update keeps its log-probabilities for the later ones, so its ratio is exactly 1.
+        """
+        mask_GT = self.mask(group.tokens, group.group)
+        if normaliser is None and part != ALL_ROWS:
+            normaliser = divisor(mask_GT, self.settings.aggregation, self.loss_settings.max_new_tokens)
+        logps_GT = self.logps(group.prepared, group.tokens, part)
+        if is_first:
+            group.old_GT[part] = logps_GT.detach()
+        reference_GT = None if group.reference_GT is None else group.reference_GT[part]
+        inputs = LossInputs(logps_GT, group.old_GT[part], reference_GT, advantages_G[part], mask_GT[part])
+        output = grpo_loss(inputs, self.loss_settings, normaliser)
+        gap = sampler_gap(rows_of(group.tokens, part), group.old_GT[part])
+        return replace(output, loss=output.loss / num_groups, metrics=output.metrics | {"rollout/logp_gap": gap})
+
+    def loss_metrics(self, groups: Sequence[TrainingGroup], result: UpdateResult) -> dict[str, float]:
+        """Loss metrics averaged over the groups of all ranks."""
+        pairs = zip(groups, result.outputs, strict=True)
+        done = [(group.index, merged_metrics(outputs)) for group, outputs in pairs if outputs]
+        rows = [{name: float(value) for name, value in metrics.items()} for _, metrics in done]
+        everyone = distributed.all_gather_ordered([index for index, _ in done], rows)
+        return {name: float(torch.tensor([row[name] for row in everyone]).mean()) for name in everyone[0]}
+
     def offending_groups(
-        self, works: Sequence[TrainingGroup], advantages: Sequence[Tensor], parts: Sequence[Parts]
+        self, groups: Sequence[TrainingGroup], advantages_P: Sequence[Tensor], result: UpdateResult
     ) -> list[dict[str, Any]]:
-        """The groups of this process with their losses: what to look at when a step was not finite."""
+        """Describe the groups of this rank with their losses, for the record of a step that was not finite."""
         return [
             {
-                "sample_id": work.group.prompt.sample.sample_id,
-                "loss": float(merge_parts(part)["loss/total"]),
+                "sample_id": group.group.prompt.sample.sample_id,
+                "loss": float(merged_metrics(outputs)["loss/total"]),
                 "advantages": advantages_G.tolist(),
-                "group": to_json(work.group),
+                "group": to_json(group.group),
             }
-            for work, advantages_G, part in zip(works, advantages, parts, strict=True)
-            if part
+            for group, advantages_G, outputs in zip(groups, advantages_P, result.outputs, strict=True)
+            if outputs
         ]
 
+    # -- record --------------------------------------------------------------------------------------------------------
+
+    def gathered_groups(self, experience: Experience) -> list[RolloutGroup]:
+        """Groups of all ranks, in the order of one process."""
+        groups = [group for _, group in experience.sampled]
+        if distributed.world_size() == 1:
+            return groups
+        indices = [index for index, _ in experience.sampled]
+        rows = distributed.all_gather_ordered(indices, list(map(with_rounded_logps, groups)))
+        return [group_from_json(row) for row in rows]
+
     def record(self, groups: Sequence[RolloutGroup], step: int) -> None:
-        """What the model said, one line per group."""
+        """Append the completions to rollouts.jsonl, one line per group, and show some of them at checkpoints."""
         if distributed.is_rank_zero():
             append_jsonl(self.run.folder / "rollouts.jsonl", [with_rounded_logps(g) for g in groups])
         if (step + 1) % self.run.checkpoint_every == 0 or step + 1 == self.run.max_steps:
@@ -342,7 +316,7 @@ UNKNOWN_LOGP = -1e9
 
 
 def with_rounded_logps(group: RolloutGroup) -> RolloutGroup:
-    """The group with rounded log-probabilities: rollouts are read by people and by the filter, not trained on again."""
+    """Round log-probabilities to five digits: rollouts are read by people and by the filter, not trained on again."""
     rollouts = []
     for rollout in group.rollouts:
         # a policy whose weights broke must still be readable; JSON has no NaN

@@ -1,42 +1,15 @@
-"""Work on the rows of a group that does not fit into memory: in smaller and smaller parts, and without it in the end.
-
-It needs work that no other process waits for: all of a process that trains alone, and of several together sampling, the
-reference, and the update up to the exchange of gradients. Under ZeRO-3 the others wait in every pass of the update; see
-`tartvg.training.retreats`.
-"""
+"""Out-of-memory fallback: recompute rows in 2, 4, 8 ... parts until they fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 T = TypeVar("T")
-LossOfRows = Callable[[slice], Tensor]
-"""Rows of a group -> their share of the step's loss."""
-WHOLE = slice(None)
-
-
-@dataclass(frozen=True)
-class GroupLoss:
-    """One group's share of a step's loss, which may be computed in parts."""
-
-    sample_id: str
-    num_rows: int
-    num_tokens: int
-    """Of the prompt once and of all rows: what the memory of its update grows with."""
-    compute: LossOfRows
-    parts: list[Any]
-    """What `compute` notes about each part; emptied before the group is tried again."""
-
-
-class NothingFits(Exception):
-    """No group of a step fits into memory, not even one completion at a time."""
+ALL_ROWS = slice(None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -46,100 +19,37 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def row_slices(rows: int, parts: int) -> list[slice]:
-    """Contiguous slices of nearly equal length, none of them empty; `WHOLE` for one part."""
-    if parts <= 1:
-        return [WHOLE]
-    bounds = [rows * i // min(parts, rows) for i in range(min(parts, rows) + 1)]
+def row_slices(num_rows: int, num_parts: int) -> list[slice]:
+    """Contiguous slices of nearly equal length, none of them empty; `ALL_ROWS` for one part."""
+    if num_parts <= 1:
+        return [ALL_ROWS]
+    num_parts = min(num_parts, num_rows)
+    bounds = [num_rows * i // num_parts for i in range(num_parts + 1)]
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
-def fit_rows(work: Callable[[slice], T], rows: int, is_survivable: Callable[[BaseException], bool]) -> list[T]:
-    """`work` on all rows at once, or in the fewest parts (1, 2, 4, ...) that fit.
+def more_parts(num_parts: int, num_rows: int) -> int:
+    """Number of parts to try after `num_parts` did not fit; 0 when single rows did not."""
+    return min(2 * num_parts, num_rows) if num_parts < num_rows else 0
 
-    Raises what `work` raises, for an error that is not survivable and where one row alone does not fit.
+
+def in_fewest_parts(work: Callable[[slice], T], num_rows: int) -> list[T]:
+    """Run `work` on all rows at once, or in the fewest parts (1, 2, 4, ...) that fit; returns one result per part.
+
+    Raises the out-of-memory error of a single row, and any other error at once.
     """
-    parts = 1
+    num_parts = 1
     while True:
         try:
-            return [work(part) for part in row_slices(rows, parts)]
+            return [work(part) for part in row_slices(num_rows, num_parts)]
         except Exception as error:
-            if parts >= rows or not is_survivable(error):
+            if num_parts >= num_rows or not is_out_of_memory(error):
                 raise
-        _free()
-        parts = min(2 * parts, rows)
+        free_cached_memory()
+        num_parts = more_parts(num_parts, num_rows)
 
 
-def fewer_rows(parts: int, rows: int) -> int:
-    """The number of parts to try after this many did not fit; 0 when single rows did not."""
-    return min(2 * parts, rows) if parts < rows else 0
-
-
-def fit_update(
-    update: Callable[[Sequence[Callable[[], Tensor]]], float],
-    groups: Sequence[GroupLoss],
-    is_survivable: Callable[[BaseException], bool],
-    note: Callable[[GroupLoss, int, str], None],
-) -> float:
-    """`update` on the losses of all groups; a group that does not fit is computed in parts, and at last left out.
-
-    `update` starts from zero gradients, so an attempt that failed leaves nothing behind. `note(group, parts, error)` is
-    called before a group is tried in that many parts, 0 for a group that is left out. Returns what `update` returns.
-    Raises NothingFits when no group is left.
-    """
-    parts = [1] * len(groups)
-    while any(parts):
-        begun: list[int] = []
-        for group in groups:
-            group.parts.clear()
-        micro = [
-            partial(_begin, begun, i, group.compute, part)
-            for i, group in enumerate(groups)
-            if parts[i]
-            for part in row_slices(group.num_rows, parts[i])
-        ]
-        try:
-            return update(micro)
-        except Exception as error:
-            if not is_survivable(error):
-                raise
-            reason = str(error)
-        _free()
-        failed = begun[-1]
-        parts[failed] = fewer_rows(parts[failed], groups[failed].num_rows)
-        note(groups[failed], parts[failed], reason)
-    for group in groups:
-        group.parts.clear()
-    raise NothingFits
-
-
-def merge_parts(parts: Sequence[tuple[dict[str, Tensor], int]]) -> dict[str, Tensor]:
-    """(loss metrics, tokens) of the parts of one group -> the metrics of the group.
-
-    Losses were divided by the group's divisor, so they add up; ratios are means over tokens, and one is a maximum.
-    """
-    if len(parts) == 1:
-        return parts[0][0]
-    total = max(1, sum(tokens for _, tokens in parts))
-    merged: dict[str, Tensor] = {}
-    for name in parts[0][0]:
-        values = torch.stack([metrics[name] for metrics, _ in parts])
-        if name in ("loss/total", "loss/policy", "loss/kl"):
-            merged[name] = values.sum()
-        elif name == "loss/ratio_max":
-            merged[name] = values.max()
-        else:
-            merged[name] = sum(
-                (v * (tokens / total) for v, (_, tokens) in zip(values, parts, strict=True)), values[0] * 0
-            )
-    return merged
-
-
-def _begin(begun: list[int], group: int, loss: LossOfRows, part: slice) -> Tensor:
-    begun.append(group)
-    return loss(part)
-
-
-def _free() -> None:
+def free_cached_memory() -> None:
+    """Return the allocator's unused blocks to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

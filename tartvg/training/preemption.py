@@ -1,108 +1,96 @@
-"""How a training is interrupted: what is finished is saved, and several processes leave together.
+"""Where the ranks of a training (one or more) stop together after a signal, with the finished steps saved.
 
-A signal ends a process that trains alone at once, except while an update is under way. Processes that wait for each
-other must not do that: one that is gone leaves the others in the middle of a message. They hold signals, let them end
-only what each does on its own, and leave where they meet: after sampling, before every micro-batch, after the step.
+A rank that left while others wait for it in a collective would hang them. So signals are held during training, and
+act in two places only. Inside `interruptible()`, where a rank computes alone, a signal ends the work at once. In
+`check()`, which all ranks call, everyone saves and exits if any rank got a signal. The step under way is lost; the
+same command repeats it.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import pytorch_lightning as pl
-
-from tartvg.config import Strategy
 from tartvg.launch.signals import PREEMPTION, Preempted
 from tartvg.training import distributed
 
 T = TypeVar("T")
 
 
-class InterruptibleModule(pl.LightningModule):
-    """A module whose training can stop after any number of steps."""
+class Stop:
+    """Interruption of one training stage."""
 
-    def __init__(self, name: str, strategy: Strategy) -> None:
-        super().__init__()
-        self.name = name
-        self.leaves_together = strategy is not Strategy.single
-        """Whether a signal waits until all processes meet."""
+    def __init__(self, stage: str, save: Callable[[], None]) -> None:
+        self.stage = stage
+        self.save = save
+        """Write a checkpoint of the finished steps, and report it by `saved`. Collective."""
         self.finished_steps: int | None = None
-        """Of which the weights are the result; None before the training has begun."""
+        """Steps of which the weights are the result; None before the training starts."""
         self.saved_step = 0
-        self.is_changed = False
-        """Whether an update of the step under way may have been taken: nobody can leave before the end of the step."""
-
-    @abstractmethod
-    def save(self) -> None:
-        """Write a checkpoint of the finished steps. Collective."""
+        self.is_updating = False
+        """Whether the weights lie between two steps, so that nobody can stop."""
 
     def begin_training(self, step: int) -> None:
-        """So many steps are done and saved."""
+        """Start after `step` saved steps; from here on signals are held."""
         self.saved_step = self.finished_steps = step
         PREEMPTION.listen()  # again: Lightning has taken SIGTERM
-        if self.leaves_together:
-            PREEMPTION.hold()
-
-    def begin_change(self) -> None:
-        """From here to the end of the step the weights belong to no whole number of steps."""
-        self.is_changed = True
         PREEMPTION.hold()
 
-    def end_change(self, steps: int) -> None:
+    def begin_update(self) -> None:
+        """The weights change from here to `end_step`."""
+        self.is_updating = True
+
+    def end_step(self, finished_steps: int) -> None:
         """The weights are the result of so many steps."""
-        self.finished_steps, self.is_changed = steps, False
+        self.finished_steps, self.is_updating = finished_steps, False
 
-    @property
-    def can_leave(self) -> bool:
-        """Whether this is a place to leave for several processes."""
-        return self.leaves_together and self.finished_steps is not None and not self.is_changed
+    def saved(self) -> None:
+        """A checkpoint of the finished steps is written."""
+        assert self.finished_steps is not None
+        self.saved_step = self.finished_steps
 
-    def until_signal(self, work: Callable[[], T]) -> T | None:
-        """The result of work in which no process waits for another; None where a signal ended it.
-
-        Comes before `leave_if_asked`, where all processes of that signal leave. A process that trains alone leaves at
-        any signal.
-        """
-        if not self.can_leave:
+    def interruptible(self, work: Callable[[], T]) -> T | None:
+        """Run work in which this rank waits for no other; None where a signal ended it. Call `check` right after."""
+        if not self._can_stop:
             return work()
         try:
-            PREEMPTION.release()
+            self.expose()
             return work()
         except Preempted:
             return None
         finally:
             PREEMPTION.hold()
 
-    def leave_if_asked(self) -> None:
-        """Save what is finished and leave, where one of several processes was asked to. Raises Preempted on all.
+    def expose(self) -> None:
+        """Let signals, also one that came before, raise Preempted from here to `PREEMPTION.hold()`."""
+        if self._can_stop:
+            PREEMPTION.release()
 
-        The step that is under way is lost; after the restart it is the same again.
-        """
-        if self.can_leave and distributed.any_rank(PREEMPTION.received is not None):
+    def check(self) -> None:
+        """Save the finished steps and raise Preempted on all ranks, if any rank got a signal. Collective."""
+        if self._can_stop and self.is_asked():
             if self.saved_step != self.finished_steps:
                 self.save()
             PREEMPTION.release(is_leaving=True)
 
-    @contextmanager
-    def preemptible(self) -> Iterator[None]:
-        """Around the training: when the process is asked to leave, what is finished is saved before it does.
+    def is_asked(self) -> bool:
+        """Whether any rank got a signal. Collective."""
+        return distributed.any_rank(PREEMPTION.received is not None)
 
-        The step that was under way is lost; after the restart it is the same again. Several processes have saved before
-        they leave, see `leave_if_asked`.
-        """
+    @contextmanager
+    def around_training(self) -> Iterator[None]:
+        """Stop for a signal that came after the last check, and say what is saved."""
         try:
             yield
-            if self.leaves_together:  # a signal after the last step was held, and may not have reached the others yet
-                PREEMPTION.release(distributed.any_rank(PREEMPTION.received is not None))
+            PREEMPTION.release(self.is_asked())
         except Preempted as stop:
-            PREEMPTION.hold()
-            if self.finished_steps not in (None, self.saved_step) and not self.leaves_together:
-                self.save()
             if distributed.is_rank_zero():
-                print(f"{stop.reason}: stage {self.name} is saved at step {self.saved_step}", flush=True)
+                print(f"{stop.reason}: stage {self.stage} is saved at step {self.saved_step}", flush=True)
             raise
         finally:
             PREEMPTION.reset()
+
+    @property
+    def _can_stop(self) -> bool:
+        return self.finished_steps is not None and not self.is_updating

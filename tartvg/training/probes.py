@@ -6,7 +6,7 @@ averaged.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
 from tartvg.policy.sampling import greedy
 from tartvg.records import response_from_json, to_json
 from tartvg.response import parse_response
-from tartvg.training.out_of_memory import WHOLE, fit_rows
+from tartvg.training.out_of_memory import ALL_ROWS, in_fewest_parts
 from tartvg.types import Completion, Prompt
 
 Row = dict[str, Any]
@@ -47,7 +47,7 @@ def sampler_gap(tokens: TokenBatch, logps_GT: Tensor) -> Tensor:
 
 def rows_of(tokens: TokenBatch, part: slice) -> TokenBatch:
     """Some completions of a group."""
-    return tokens if part == WHOLE else TokenBatch(tokens.ids[part], tokens.mask[part], tokens.logps[part])
+    return tokens if part == ALL_ROWS else TokenBatch(tokens.ids[part], tokens.mask[part], tokens.logps[part])
 
 
 def decodable(policy: Policy, prompts: Sequence[Prompt], who: str) -> list[PreparedPrompt]:
@@ -61,31 +61,21 @@ def decodable(policy: Policy, prompts: Sequence[Prompt], who: str) -> list[Prepa
     return prepared
 
 
-def greedy_answers(
-    policy: Policy,
-    prepared: Sequence[PreparedPrompt],
-    settings: SamplingConfig,
-    is_survivable: Callable[[BaseException], bool],
-) -> list[Completion]:
-    """One completion of each prompt, all at once or in the fewest parts that fit into memory; see `fit_rows`."""
+def greedy_answers(policy: Policy, prepared: Sequence[PreparedPrompt], settings: SamplingConfig) -> list[Completion]:
+    """One greedy completion of each prompt, all at once or in the fewest parts that fit into memory."""
     if not prepared:
         return []
 
     def sample(part: slice) -> list[list[Completion]]:
         return policy.sample(prepared[part], 1, greedy(settings), [0] * len(prepared[part]))
 
-    return [completion for part in fit_rows(sample, len(prepared), is_survivable) for (completion,) in part]
+    return [completion for part in in_fewest_parts(sample, len(prepared)) for (completion,) in part]
 
 
-def control_rows(
-    policy: Policy,
-    prepared: Sequence[PreparedPrompt],
-    settings: SamplingConfig,
-    is_survivable: Callable[[BaseException], bool],
-) -> list[Row]:
+def control_rows(policy: Policy, prepared: Sequence[PreparedPrompt], settings: SamplingConfig) -> list[Row]:
     """Greedy answers to each prompt with its frames in order, and with its frames shuffled."""
     both = [*prepared, *map(shuffled, prepared)]
-    said = [to_json(parse_response(c.text)) for c in greedy_answers(policy, both, settings, is_survivable)]
+    said = [to_json(parse_response(c.text)) for c in greedy_answers(policy, both, settings)]
     pairs = zip(said[: len(prepared)], said[len(prepared) :], strict=True)
     return [{"real": real, "control": control} for real, control in pairs]
 

@@ -7,18 +7,18 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from tartvg.config import SftConfig
 from tartvg.data.packets import VideoError
+from tartvg.grpo import LossOutput
 from tartvg.policy.policy import PreparedPrompt, TokenBatch, token_batch
 from tartvg.records import to_json
 from tartvg.training import distributed
 from tartvg.training.batches import permutation
-from tartvg.training.out_of_memory import GroupLoss, NothingFits
 from tartvg.training.probes import rows_of
 from tartvg.training.step import StepModule
+from tartvg.training.update import UpdateResult
 from tartvg.types import Completion, Prompt, Trace
 
 Query = tuple[Prompt, list[Trace]]
@@ -78,48 +78,23 @@ class SftModule(StepModule):
     settings: SftConfig
 
     def on_train_batch_start(self, batch: TraceBatch, batch_idx: int) -> None:
-        """The videos: not in the step, see `Engine.whole`."""
-        self.begin_step(batch.step)
-        self.kept = self.with_whole_weights(lambda: self.prepare(batch))
+        """Decode and encode the videos: everything without gradient."""
+        self.begin(batch.step)
+        self.queries = self.without_gradient(lambda: self.prepare(batch))
 
     def training_step(self, batch: TraceBatch, batch_idx: int) -> None:
         """Minimise -log p(trace | prompt)."""
-        num_tokens = int(distributed.all_reduce_sum(sum(int(tokens.mask.sum()) for _, _, tokens in self.kept))[0])
-        chunks = self.even_chunks([tokens for _, _, tokens in self.kept])
-        groups = [self.group_loss(prepared, tokens, num_tokens, chunks) for _, prepared, tokens in self.kept]
-        try:
-            with self.policy.timer("update"):
-                norm = self.fitting_update(groups, batch.step, chunks)
-        except NothingFits:
-            self.end_step(batch.step, self.nothing_to_learn(batch.step, is_fault=True))
-            return
-        loss = distributed.all_reduce_sum(sum(float(part) for group in groups for part in group.parts))[0] / num_tokens
-        metrics = {"loss/total": loss, "optim/grad_norm": norm}
-        self.judge_update(batch.step, metrics, partial(self.offending_groups, groups))
-        self.end_step(batch.step, metrics)
-
-    def offending_groups(self, groups: Sequence[GroupLoss]) -> list[dict[str, Any]]:
-        """The queries of this process with their losses: what to look at when a step was not finite."""
-        return [
-            {
-                "sample_id": prompt.sample.sample_id,
-                "loss": sum(float(part) for part in group.parts),
-                "prompt": prompt.text,
-                "traces": to_json(traces),
-            }
-            for ((prompt, traces), _, _), group in zip(self.kept, groups, strict=True)
-            if group.parts
-        ]
+        self.end(batch.step, self.learn(batch.step))
 
     def prepare(self, batch: TraceBatch) -> list[tuple[Query, PreparedPrompt, TokenBatch]]:
-        """Queries with their prompts and tokens; one whose video cannot be decoded is left out, and says so."""
-        kept = []
+        """Encode queries and their traces; skip a query whose video cannot be decoded."""
+        prepared = []
         for prompt, traces in batch.groups:
             try:
-                kept.append(((prompt, traces), self.policy.prepare(prompt), self.tokens(traces)))
+                prepared.append(((prompt, traces), self.policy.prepare(prompt), self.tokens(traces)))
             except VideoError as error:
                 print(f"step {batch.step}: training goes on without {prompt.sample.sample_id}: {error}")
-        return kept
+        return prepared
 
     def tokens(self, traces: Sequence[Trace]) -> TokenBatch:
         """Token ids of the traces' texts, each with the end token."""
@@ -127,17 +102,42 @@ class SftModule(StepModule):
         for trace in traces:
             ids = [*self.policy.tokenizer.encode(trace.text, add_special_tokens=False), self.policy.end_id]
             completions.append(Completion(trace.text, tuple(ids), (0.0,) * len(ids), True))
-        return token_batch(completions, self.policy.device, 2 if self.engine.is_even else 1)
+        return token_batch(completions, self.policy.device)
 
-    def group_loss(
-        self, prepared: PreparedPrompt, tokens: TokenBatch, num_tokens: int, num_chunks: int = 0
-    ) -> GroupLoss:
-        """One query's share of the step's loss; noted of each part is its summed negative log-likelihood."""
-        parts: list[Tensor] = []
+    def learn(self, step: int) -> dict[str, float]:
+        """Make one update on the prepared traces; return its metrics."""
+        num_tokens = int(distributed.all_reduce_sum(sum(int(tokens.mask.sum()) for _, _, tokens in self.queries))[0])
+        losses = [
+            self.as_group_loss(prepared, tokens, partial(self.loss, prepared, tokens, num_tokens))
+            for _, prepared, tokens in self.queries
+        ]
+        with self.policy.timer("update"):
+            result = self.update(losses, step)
+        if result is None:
+            return self.skip(step, is_fault=True)
+        total = sum(self.summed_nll(outputs) for outputs in result.outputs)
+        loss = distributed.all_reduce_sum(total)[0] / num_tokens
+        return {"loss/total": loss} | self.check_update(step, result, self.offending_groups)
 
-        def compute(part: slice) -> Tensor:
-            loss = -self.policy.logps(prepared, rows_of(tokens, part), num_chunks=num_chunks).sum()
-            parts.append(loss.detach())
-            return loss / num_tokens
+    def loss(self, prepared: PreparedPrompt, tokens: TokenBatch, num_tokens: int, part: slice) -> LossOutput:
+        """Share of some traces of one query in the step's loss."""
+        rows = rows_of(tokens, part)
+        nll = -self.policy.logps(prepared, rows).sum()
+        return LossOutput(nll / num_tokens, {"nll": nll.detach()}, int(rows.mask.sum()))
 
-        return self.loss_of(prepared, tokens, compute, parts)
+    def summed_nll(self, outputs: Sequence[LossOutput]) -> float:
+        """Negative log-likelihood of one query's traces, in nats."""
+        return sum(float(output.metrics["nll"]) for output in outputs)
+
+    def offending_groups(self, result: UpdateResult) -> list[dict[str, Any]]:
+        """Describe the queries of this rank with their losses, for the record of a step that was not finite."""
+        return [
+            {
+                "sample_id": prompt.sample.sample_id,
+                "loss": self.summed_nll(outputs),
+                "prompt": prompt.text,
+                "traces": to_json(traces),
+            }
+            for ((prompt, traces), _, _), outputs in zip(self.queries, result.outputs, strict=True)
+            if outputs
+        ]

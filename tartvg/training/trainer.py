@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments import TorchElasticEnvironment
 from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import Strategy as LightningStrategy
 
-from tartvg.config import TrainerConfig
-from tartvg.training.deepspeed import make_strategy
+from tartvg.config import Strategy, TrainerConfig
+from tartvg.training.deepspeed import AnyDeviceZero, zero_config
+from tartvg.training.zero3 import make_zero3_strategy
 
 
 class StageBar(TQDMProgressBar):
@@ -27,6 +31,18 @@ class StageBar(TQDMProgressBar):
         """The numbers behind the bar."""
         module: Any = pl_module
         return {name: f"{value:.2f}" for name, value in module.headline.items()}
+
+
+def make_strategy(settings: TrainerConfig, max_grad_norm: float) -> LightningStrategy | str:
+    """Build Lightning's strategy for `trainer.strategy`."""
+    if settings.strategy is Strategy.single:
+        return "auto"
+    if settings.strategy is Strategy.ddp:
+        return DDPStrategy(cluster_environment=TorchElasticEnvironment())
+    if settings.strategy is Strategy.zero2:
+        config = zero_config(settings, max_grad_norm)
+        return AnyDeviceZero(cluster_environment=TorchElasticEnvironment(), config=config)
+    return make_zero3_strategy(settings, max_grad_norm)
 
 
 def make_trainer(settings: TrainerConfig, folder: Path, max_grad_norm: float = 1.0) -> pl.Trainer:

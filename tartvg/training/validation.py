@@ -59,18 +59,15 @@ class Selection:
         row = self.rows[step]
         return {f"eval/val/{name}": float(row[name]) for name in ("miou", "num_unparsed", "num_missing")}
 
-    def answers(self, policy: Policy, is_survivable: Callable[[BaseException], bool]) -> list[Prediction]:
-        """What the policy says to this process's share of the queries. Its weights must be whole.
-
-        `is_survivable`: see `fit_rows`.
-        """
+    def answers(self, policy: Policy) -> list[Prediction]:
+        """Answer this rank's share of the queries. Its parameters must be gathered."""
         prompts, size = self.questions.prompts, self.questions.batch_size
         own = prompts[distributed.rank() :: distributed.world_size()]
         answers: list[Prediction] = []
         with policy.timer.booked_as("monitor"):
             for start in range(0, len(own), size):
                 prepared = decodable(policy, own[start : start + size], "validation")
-                said = greedy_answers(policy, prepared, self.questions.limits, is_survivable)
+                said = greedy_answers(policy, prepared, self.questions.limits)
                 answers += [prediction(p.prompt.sample, c, 0) for p, c in zip(prepared, said, strict=True)]
         return answers
 
