@@ -66,6 +66,8 @@ class Load:
     """Whether a second, frozen adapter is kept."""
     at_once: int | None = None
     """Prompts that are sampled in one batch; None: all of the step."""
+    rows_per_pass: int | None = None
+    """Completions of a group per forward pass of an update; None: all."""
 
 
 @dataclass(frozen=True)
@@ -262,8 +264,9 @@ def _peaks(settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load) -> dict
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
                 known.append(parameter.grad)
-        one = replace(load, group_size=1)
-        work = {"sample": (_sample, load), "update": (_update, load), "update_one": (_update, one)}
+        rows = min(load.group_size, load.rows_per_pass or load.group_size)
+        some, one = replace(load, group_size=rows), replace(load, group_size=1)
+        work = {"sample": (_sample, load), "update": (_update, some), "update_one": (_update, one)}
         return {name: _measured(policy, known, size, function) for name, (function, size) in work.items()}
 
 

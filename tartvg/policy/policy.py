@@ -5,7 +5,6 @@ Legend: P prompts, G rollouts per prompt, R = P * G rows, S prompt tokens, T com
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -67,12 +66,6 @@ def token_batch(completions: Sequence[Completion], device: torch.device) -> Toke
         logps[row, :n] = torch.tensor(completion.logps)
         mask[row, :n] = True
     return TokenBatch(ids.to(device), mask.to(device), logps.to(device))
-
-
-def stream_seed(*parts: object) -> int:
-    """A seed that depends on all parts and on nothing else: rollouts survive a restart unchanged."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 class Policy(torch.nn.Module):

@@ -26,7 +26,8 @@ from tartvg.grpo import (
     rollout_metrics,
 )
 from tartvg.grpo.aggregation import divisor
-from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch, stream_seed, token_batch
+from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch, token_batch
+from tartvg.policy.sampling import stream_seed
 from tartvg.records import append_jsonl, group_from_json, to_json
 from tartvg.response import parse_response
 from tartvg.rewards import Rubric

@@ -20,7 +20,8 @@ from tartvg.grpo import LossOutput
 from tartvg.launch.signals import PREEMPTION
 from tartvg.monitors import Watch
 from tartvg.policy.loading import save_adapter
-from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch, stream_seed
+from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
+from tartvg.policy.sampling import stream_seed
 from tartvg.records import dumps, flush_to_disk
 from tartvg.tracking import Tracker
 from tartvg.training import distributed

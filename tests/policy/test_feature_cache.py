@@ -105,7 +105,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path, capsys):
 HAMMER = """
     import sys, torch
     from pathlib import Path
-    from tests.test_disk_cache import features, same
+    from tests.policy.test_feature_cache import features, same
     from tartvg.policy.disk_cache import DiskCache
     cache, found = DiskCache(Path(sys.argv[1]), 1, "tower"), 0
     print("ready", flush=True)
@@ -146,7 +146,7 @@ def test_two_processes_fill_it_at_the_same_time(tmp_path):
 KILLED = """
     import resource, signal, sys
     from pathlib import Path
-    from tests.test_disk_cache import features
+    from tests.policy.test_feature_cache import features
     from tartvg.policy.disk_cache import DiskCache
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process when it writes past the limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

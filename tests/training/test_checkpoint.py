@@ -136,7 +136,8 @@ def test_a_file_that_may_not_grow_leaves_the_last_one_intact(tmp_path):
     """The system itself refuses the write (RLIMIT_FSIZE), in a process of its own."""
     save_step(tmp_path, 1)
     code = (
-        "import sys; sys.path.insert(0, 'tests'); from pathlib import Path; import test_checkpoint as t\n"
+        "import sys; sys.path[:0] = ['tests', 'tests/training']\n"
+        "from pathlib import Path; import test_checkpoint as t\n"
         f"t.save_step(Path({str(tmp_path)!r}), 2, size=50_000)"
     )
     result = subprocess.run(
