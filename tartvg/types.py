@@ -68,7 +68,7 @@ class Completion:
     token_ids: tuple[int, ...]
     """Completion tokens, including the end token when it was sampled."""
     logps: tuple[float, ...]
-    """log-probability (nats) of each token under the sampling policy at temperature 1."""
+    """Log-probability (nats) of each token under the policy that sampled it, at its temperature (greedy: 1)."""
     is_finished: bool
     """False when the length limit cut the completion."""
 
