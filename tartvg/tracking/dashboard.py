@@ -105,8 +105,13 @@ def _training() -> tuple[Section, ...]:
         ),
         Section("What it says", (Panel("Best and worst completions", ("rollout/examples",), PanelKind.table),)),
         Section(
-            "Where the time goes",
-            (Panel("Seconds by phase", tuple(f"time/{phase}_s" for phase in PHASES)),),
+            "Throughput and memory",
+            (
+                Panel("Tokens per second", ("perf/tokens_per_second_sampled", "perf/tokens_per_second_trained")),
+                Panel("Seconds per step", ("perf/seconds_per_step", *(f"time/{phase}_s" for phase in PHASES))),
+                Panel("Model FLOPs utilisation", ("perf/mfu",)),
+                Panel("Peak memory, GiB", ("memory/peak_gib",)),
+            ),
             is_open=False,
         ),
     )

@@ -26,7 +26,7 @@ from tartvg.types import Prediction, RolloutGroup
 STEP = "progress/step"
 ALARMS = "alarms.jsonl"
 MAX_ARTIFACT_NAME = 128
-PREFIXES = ("reward", "anchors", "group", "rollout", "loss", "optim", "time", "memory", "eval", "progress")
+PREFIXES = ("reward", "anchors", "group", "rollout", "loss", "optim", "perf", "time", "memory", "eval", "progress")
 
 
 def check_name(name: str) -> None:

@@ -132,6 +132,7 @@ class GrpoModule(StepModule):
         sampled = []
         for start in range(0, len(prompts), size):
             sampled += self.sample(prompts[start : start + size], step)
+        self.throughput.num_sampled += sum(len(c.token_ids) for _, _, completions in sampled for c in completions)
         with self.policy.timer("reward"):
             return [(index, p, self.score(p.prompt, completions, step)) for index, p, completions in sampled]
 

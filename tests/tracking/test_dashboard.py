@@ -22,6 +22,7 @@ def existing() -> set[str]:
     from tartvg.stages.controls import controls_as_metrics
     from tartvg.stages.evaluate import scores_as_metrics
     from tartvg.timing import PhaseTimer
+    from tartvg.training.throughput import Throughput
     from tartvg.types import (
         Completion,
         Estimate,
@@ -41,11 +42,17 @@ def existing() -> set[str]:
     loss = grpo_loss(LossInputs(zeros, zeros, zeros, torch.zeros(2), torch.ones(2, 1)), LossSettings())
     some = Estimate(0.5, 0.4, 0.6)
     card = Scorecard(1, 0, 0, some, dict.fromkeys((0.3, 0.5, 0.7), some))
+    times = PhaseTimer().flush()
+    counted = Throughput(1, torch.device("cpu"))
+    counted.num_sampled = counted.num_trained = 1
+    throughput = counted.metrics({name: 1.0 for name in times})
     control = dict.fromkeys(("agreement", "changed_rate", "real_miou", "control_miou"), 0.5)
     return {
         *rollout_metrics([RolloutGroup(Prompt(sample, ""), (rollout,), 0)], 2),
         *loss.metrics,
-        *PhaseTimer().flush(),
+        *times,
+        *{name for name in throughput if not name.startswith("memory/peak_gib_rank")},
+        "perf/mfu",  # on a GPU only
         *scores_as_metrics(card, "charades_sta"),
         *controls_as_metrics({kind.value: control for kind in ControlName}, "charades_sta"),
         *{"optim/grad_norm", "optim/lr", "rollout/kl", "anchors/shuffled_agreement", "anchors/shuffled_changed_rate"},
