@@ -145,7 +145,6 @@ class ShapePolicy(Policy):
             self.model = new_adapter(base.eval(), settings.lora, 0)
         self._core = [base]
         self.timer = PhaseTimer()
-        self.lockstep_head_calls = 0
         self.banned = [0]
         self.vocabulary = int(config.get_text_config().vocab_size)
         self.tokenizer = range(self.vocabulary)

@@ -75,6 +75,9 @@ class Policy(torch.nn.Module):
     policy at this moment: the base without adapter, or a frozen copy of the loaded adapter.
     """
 
+    lockstep_head_calls = 0
+    """Inside `lockstep`: how often each call of `logps` calls the output head; 0 outside."""
+
     def __init__(self, settings: PolicyConfig, adapter: Path | None = None, seed: int = 0) -> None:
         super().__init__()
         self.settings = settings
@@ -92,8 +95,6 @@ class Policy(torch.nn.Module):
         self.disk = self._disk_cache()
         self.clips = ClipReader()
         self.timer = PhaseTimer()
-        self.lockstep_head_calls = 0
-        """Inside `lockstep`: how often each call of `logps` calls the output head; 0 outside."""
         banned = [self.tokenizer.convert_tokens_to_ids(t) for t in NEVER_SAMPLED]
         self.banned = [b for b in banned if b is not None and b != self.tokenizer.unk_token_id]
         self.end_id = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
