@@ -133,9 +133,9 @@ def stage_table(scores: Mapping[str, Scorecard]) -> Table:
                 _estimate(card.format_rate),
                 _estimate(card.valid_rate),
                 Cell(percent(card.anchored_rate)),
-                Cell(f"{card.anchors_mean:.2f}"),
+                Cell(f"{card.count_mean:.2f}"),
                 Cell(percent(card.refinement_rate)),
-                Cell(percent(card.consistency_rate)),
+                Cell(percent(card.answer_match_rate)),
                 _estimate(card.miou),
                 *(_estimate(card.recall[t]) if t in card.recall else Cell(DASH) for t in thresholds),
             )

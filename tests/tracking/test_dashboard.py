@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tartvg.config import ControlName, SettingError
+from tartvg.config import AnchorsConfig, ControlName, RewardConfig, SettingError
+from tartvg.rewards import Rubric
 from tartvg.tracking.dashboard import Panel, PanelKind, Section, Workspace, main, to_wandb, workspace
 from tartvg.tracking.tracker import check_name
 
@@ -29,7 +30,6 @@ def existing() -> set[str]:
         GroundingSample,
         Prompt,
         Response,
-        RewardBreakdown,
         Rollout,
         RolloutGroup,
         Scorecard,
@@ -37,7 +37,9 @@ def existing() -> set[str]:
     )
 
     sample = GroundingSample("s", Path("v"), "q", (Span(0, 1),), 2.0, "train")
-    rollout = Rollout(Completion("", (1,), (-1.0,), True), Response((), None, ()), RewardBreakdown(0, 0, 0, 0, 0, 0))
+    response = Response((), None, ())
+    reward = Rubric(RewardConfig(), AnchorsConfig()).score(response, sample)
+    rollout = Rollout(Completion("", (1,), (-1.0,), True), response, reward)
     zeros = torch.zeros(2, 1)
     loss = grpo_loss(LossInputs(zeros, zeros, zeros, torch.zeros(2), torch.ones(2, 1)), LossSettings())
     some = Estimate(0.5, 0.4, 0.6)
