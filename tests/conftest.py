@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from decoders import dying, scripted  # noqa: F401 (fixtures)
 from forking import start as start_command
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,24 +9,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from tartvg.config import DatasetConfig, FramesConfig
+from tartvg.data.ahead import ahead
 from tartvg.data.annotations import Annotations, Quirks
+from tartvg.data.clips import examine_isolated
 from tartvg.data.datasets import load_annotations
-from tartvg.data.examine import VideoFacts, VideoFault, examine
-from tartvg.data.workers import WorkerError, map_isolated
-from tartvg.records import dumps, to_json, write_atomic
+from tartvg.data.examine import VideoFault
+from tartvg.records import dumps, write_atomic
 from tartvg.types import GroundingSample
 
-GRACE_S = 30.0
-"""A file whose decoding ignores `frames.timeout_s` is given up this much later, with its process."""
+AHEAD = 100
+"""Videos per process that are examined beyond one that takes its time."""
 MAX_SHOWN = 5
 """Videos of each fault on the screen; the file has all of them."""
 
@@ -71,7 +70,7 @@ class ValidationReport:
 def check_split(config_dataset: DatasetConfig, frames: FramesConfig, split: str, output: Path, workers: int) -> int:
     """Validate one split, print a table and write `validation.json` into the folder `output`.
 
-    `workers` processes examine videos; 0 does it in this one. Returns the exit code: 0 when every video can be used
+    So many processes (`workers`) examine videos, at least one. Returns the exit code: 0 when every video can be used
     (quirks of annotations have policies and are only reported), 1 when a video has an error, 2 when the annotations
     themselves cannot be read, hold no query, or the split does not exist.
     """
@@ -102,13 +101,15 @@ def validate(
     """Examine every video of `annotations` once; see `check_split`. Prints a progress bar, writes nothing."""
     queries_of = Counter(s.video for s in annotations.samples)
     jobs = _jobs(annotations.samples)
-    facts_of: dict[Path, VideoFacts] = {}
-    results = map_isolated(partial(_examine, frames=frames), jobs, workers, frames.timeout_s + GRACE_S)
-    for (path, _), result in track(results, description=f"examining {len(jobs)} videos", total=len(jobs)):
-        if isinstance(result, WorkerError):
-            facts_of[path] = VideoFacts(faults=(VideoFault.UNREADABLE,), detail=f"{path}: {result}")
-        else:
-            facts_of[path] = _facts_from_json(result)
+    examined = ahead(
+        ((path,) for path in jobs), tuple, lambda path: examine_isolated(path, frames, jobs[path]), workers,
+        AHEAD * workers,
+    )  # fmt: skip
+    facts_of = {
+        path: facts
+        for _, found in track(examined, description=f"examining {len(jobs)} videos", total=len(jobs))
+        for path, facts in found.items()
+    }
     findings = tuple(
         VideoFinding(path.as_posix(), facts.faults, facts.detail, queries_of[path])
         for path, facts in sorted(facts_of.items())
@@ -163,18 +164,9 @@ def summary_table(report: ValidationReport) -> Table:
     return table
 
 
-def _jobs(samples: Iterable[GroundingSample]) -> list[tuple[Path, float]]:
+def _jobs(samples: Iterable[GroundingSample]) -> dict[Path, float]:
     """Each video once, with its annotated length."""
     annotated: dict[Path, float] = {}
     for sample in samples:
         annotated.setdefault(sample.video, sample.duration)
-    return list(annotated.items())
-
-
-def _examine(job: tuple[Path, float], frames: FramesConfig) -> Any:
-    """`examine` from one argument to JSON, at the top of a module: processes have to find it by its name."""
-    return to_json(examine(job[0], frames, job[1]))
-
-
-def _facts_from_json(value: dict[str, Any]) -> VideoFacts:
-    return VideoFacts(**{**value, "faults": tuple(VideoFault(fault) for fault in value["faults"])})
+    return annotated

@@ -2,7 +2,10 @@
 
 Why a process and not PyAV's `timeout`: that one is asked by network protocols only. It ends neither a read from a
 stalled file system nor a decoder that spins, and nothing ends a thread. A process can be killed, and survives what
-crashes another one. It is started once for each process that decodes, and kept.
+crashes another one.
+
+`Decoder` is the only supervised process of this package. Every thread that decodes borrows one from `DECODERS`, where
+it is kept for the next thread.
 """
 
 from __future__ import annotations
@@ -10,29 +13,36 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple
+from multiprocessing import Pipe
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
 import tartvg
 from tartvg.config import FramesConfig
 from tartvg.data.decoder_process import READY, SENT
+from tartvg.data.examine import VideoFacts, VideoFault
 from tartvg.data.packets import VideoError
 from tartvg.data.video import Clip
 from tartvg.records import append_jsonl, read_jsonl
 
+Reply = TypeVar("Reply")
 STARTING_S = 300.0
 """Allowance for the process to import what it needs; counts towards no file's limit."""
 ENDING_S = 5.0
 """Allowance for a process that has hung up to leave its exit code."""
+EXAMINE_GRACE_S = 30.0
+"""Seconds that `examine`, which reads a file twice, may take longer than a decoding."""
+MAX_REPLY_BYTES = 2**24
+"""A longer reply is taken for the work of a damaged process. Pixels do not count."""
 
 
 class DecoderKilled(VideoError):
@@ -88,50 +98,86 @@ def identity(path: Path) -> tuple[str, int, int]:
     return str(path.absolute()), stat.st_size, stat.st_mtime_ns
 
 
-class _Decoder:
-    """One process and the connection to it."""
+class Decoder:
+    """A process that decodes files, one at a time, and the connection to it."""
 
     def __init__(self) -> None:
-        self.connection, theirs = multiprocessing.Pipe()
+        """Start the process without waiting for its imports."""
+        self.connection, theirs = Pipe()
+        self.pixels = os.memfd_create("pixels")
+        self.is_ready = self.is_closed = False
         root = str(Path(tartvg.__file__).parents[1])
         known = os.environ.get("PYTHONPATH")
+        handles = theirs.fileno(), self.pixels
         with _blocked_signals():
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tartvg.data.decoder_process", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
+                # -P: nothing is imported from the current folder
+                [sys.executable, "-P", "-m", "tartvg.data.decoder_process", *map(str, handles)],
+                pass_fds=handles,
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{known}" if known else root},
             )
         theirs.close()  # else the end of the process would not close the connection
-        try:
-            if not self.connection.poll(STARTING_S) or self.connection.recv_bytes() != READY:
-                raise RuntimeError("the decoding process did not start")
-        except BaseException:
-            self.stop()
-            raise
 
     def decode(self, path: Path, settings: FramesConfig) -> Clip:
-        """Raises VideoError; the process is gone after a time-out and after a crash."""
+        """Decode a file. Raises VideoError; the process is gone after a time-out and after a crash."""
+        return self._ask(path, settings, settings.timeout_s, self._clip)
+
+    def examine(self, path: Path, settings: FramesConfig, annotated: float) -> VideoFacts:
+        """Examine a file; see `tartvg.data.examine`. Raises VideoError for what took the process along."""
+        return self._ask(path, settings, settings.timeout_s + EXAMINE_GRACE_S, _facts, annotated)
+
+    def _ask(
+        self, path: Path, settings: FramesConfig, limit_s: float, read: Callable[[dict[str, Any]], Reply],
+        annotated: float | None = None,
+    ) -> Reply:  # fmt: skip
+        request = {"path": str(path), "frames": asdict(settings), "limit_s": limit_s, "annotated": annotated}
         try:
-            self.connection.send_bytes(json.dumps({"path": str(path), "frames": asdict(settings)}).encode())
-            if not self.connection.poll(settings.timeout_s):
+            self._await_start()
+            self.connection.send_bytes(json.dumps(request).encode())
+            if not self.connection.poll(limit_s):
                 self.stop()
-                raise VideoError(f"{path}: decoding took longer than {settings.timeout_s:g} s and was ended")
-            reply = json.loads(self.connection.recv_bytes())
+                raise VideoError(f"{path}: decoding took longer than {limit_s:g} s and was ended")
+            reply = json.loads(self.connection.recv_bytes(MAX_REPLY_BYTES))
             if "error" in reply:
-                raise VideoError(reply["error"])
-            pixels = np.frombuffer(bytearray(self.connection.recv_bytes()), dtype=np.uint8)
+                raise VideoError(str(reply["error"]))
+            return read(reply)
         except (EOFError, OSError) as error:
             raise self._hung_up(path) from error
         except VideoError:
             raise
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError, MemoryError) as error:
+            self.stop()
+            raise VideoError(f"{path}: its decoder replied with something that is no reply") from error
         except BaseException:  # such as Ctrl-C: the reply that is still to come belongs to nobody
             self.stop()
             raise
-        return Clip(pixels.reshape(reply["shape"]), tuple(reply["times"]), reply["duration"])
+
+    def _await_start(self) -> None:
+        """Wait for the imports. Raises EOFError where the process died of a signal, else RuntimeError."""
+        if self.is_ready:
+            return
+        try:
+            self.is_ready = self.connection.poll(STARTING_S) and self.connection.recv_bytes() == READY
+        except (EOFError, OSError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if -self.process.wait(ENDING_S) in SENT:
+                    raise
+        if not self.is_ready:
+            self.stop()
+            raise RuntimeError("the decoding process did not start")
+
+    def _clip(self, reply: dict[str, Any]) -> Clip:
+        pixels = np.empty(reply["shape"], dtype=np.uint8)
+        with open(self.pixels, "rb", closefd=False) as file:
+            file.seek(0)
+            if file.readinto(pixels.data.cast("B")) != pixels.nbytes:
+                raise ValueError("too few pixels")
+        os.ftruncate(self.pixels, 0)
+        return Clip(pixels, tuple(reply["times"]), reply["duration"])
 
     def _hung_up(self, path: Path) -> VideoError:
-        """What became of the process that was decoding `path`."""
+        """Stop the process that was decoding `path`, and say what became of it."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(ENDING_S)  # `stop` would replace the reason by its own SIGKILL
         code = self.process.returncode
@@ -143,15 +189,32 @@ class _Decoder:
 
     def stop(self) -> None:
         """End the process. One that a dead file system holds is not waited for."""
-        self.connection.close()
+        self.close()
         self.process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=2)
 
+    def close(self) -> None:
+        """Give up the connection; a process that waits for a request ends by itself."""
+        if not self.is_closed:
+            self.is_closed = True
+            self.connection.close()
+            os.close(self.pixels)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the process lives and owes no reply."""
+        return not self.is_closed and self.process.poll() is None
+
+
+def _facts(reply: dict[str, Any]) -> VideoFacts:
+    facts = reply["facts"]
+    return VideoFacts(**{**facts, "faults": tuple(VideoFault(fault) for fault in facts["faults"])})
+
 
 @contextlib.contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """What is started in the block never gets the signals of `SENT`; those of this process wait for its end."""
+    """Start processes that never get the signals of `SENT`; those of this thread wait for the end of the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SENT)
     try:
         yield
@@ -159,34 +222,91 @@ def _blocked_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_lock = threading.Lock()
-_decoders: dict[int, _Decoder] = {}
-"""By process id: a forked worker must not talk through its parent's connection."""
+class DecoderPool:
+    """The decoder processes of this process: one for each thread that decodes, kept for the next that does."""
+
+    def __init__(self) -> None:
+        self._idle: deque[Decoder] = deque()  # threads may append and pop without a lock
+        self._busy: set[Decoder] = set()
+        self._is_ending = False
+
+    def start(self, count: int) -> None:
+        """Have at least `count` idle processes; they import what they need while the caller goes on."""
+        while len(self._idle) < count:
+            self._idle.append(Decoder())
+
+    @contextlib.contextmanager
+    def borrowed(self, is_new: bool = False) -> Iterator[Decoder]:
+        """One process for the block: the last one that was given back, or a new one."""
+        decoder = self._start() if is_new else self._take()
+        self._busy.add(decoder)
+        try:
+            yield decoder
+        finally:
+            self._busy.discard(decoder)
+            if decoder.is_usable:
+                self._idle.append(decoder)
+
+    def _take(self) -> Decoder:
+        with contextlib.suppress(IndexError):
+            while True:
+                decoder = self._idle.pop()
+                if decoder.is_usable:
+                    return decoder
+                decoder.stop()
+        return self._start()
+
+    def _start(self) -> Decoder:
+        if self._is_ending:
+            raise DecoderKilled("this process ends")
+        return Decoder()
+
+    def stop(self) -> None:
+        """End all processes. The next file starts another; a file that is being decoded raises DecoderKilled."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._idle.pop().stop()
+        for decoder in list(self._busy):  # the thread that waits for it closes its connection
+            decoder.process.kill()
+
+    def end(self) -> None:
+        """End all processes, and start no other: this one ends, too."""
+        self._is_ending = True
+        self.stop()
+
+    def forget(self) -> None:
+        """Leave the processes to the parent of this process, which was forked from it."""
+        for decoder in (*self._idle, *self._busy):
+            decoder.close()
+        self._idle.clear()
+        self._busy.clear()
+
+
+DECODERS = DecoderPool()
+atexit.register(DECODERS.end)
+os.register_at_fork(after_in_child=DECODERS.forget)
 
 
 def decode_isolated(path: Path, settings: FramesConfig) -> Clip:
-    """`read_clip` in the process kept for this one. Raises VideoError, after `settings.timeout_s` at the latest.
+    """`read_clip` in another process. Raises VideoError, after `settings.timeout_s` at the latest.
 
     A file whose decoder is ended from outside gets a second try, with a limit of its own; then DecoderKilled.
     """
+    return _try_twice(lambda decoder: decoder.decode(path, settings))
+
+
+def examine_isolated(path: Path, settings: FramesConfig, annotated: float) -> VideoFacts:
+    """`examine` in another process; what crashes or hangs it is a fault of the file. Never raises for one."""
     try:
-        return _decode(path, settings)
+        return _try_twice(lambda decoder: decoder.examine(path, settings, annotated))
+    except VideoError as error:
+        return VideoFacts(faults=(VideoFault.UNREADABLE,), detail=str(error))
+
+
+def _try_twice(work: Callable[[Decoder], Reply]) -> Reply:
+    try:
+        with DECODERS.borrowed() as decoder:
+            return work(decoder)
     except DecoderKilled:
-        return _decode(path, settings)
-
-
-def _decode(path: Path, settings: FramesConfig) -> Clip:
-    with _lock:
-        decoder = _decoders.get(os.getpid())
-        if decoder is None or decoder.process.poll() is not None:
-            if decoder is None:
-                atexit.register(stop_decoder)
-            decoder = _decoders[os.getpid()] = _Decoder()
-        return decoder.decode(path, settings)
-
-
-def stop_decoder() -> None:
-    """End this process's decoder, if it has one; the next file starts another."""
-    decoder = _decoders.pop(os.getpid(), None)
-    if decoder is not None:
-        decoder.stop()
+        with DECODERS.borrowed(is_new=True) as decoder:  # whoever kills one kills the others, too
+            return work(decoder)

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from tartvg.config import PolicyConfig
 from tartvg.policy.features import VideoFeatures
 
 FORMAT = 1
@@ -46,6 +47,9 @@ class DiskCache:
         self.tower = tower
         self._unmeasured = self.limit  # the first entry measures what is there
         self._has_failed = False
+
+    def __contains__(self, key: Hashable) -> bool:
+        return self.path_of(key).is_file()
 
     def get(self, key: Hashable) -> VideoFeatures | None:
         """The entry, now the most recently used one; None where there is none that can be trusted."""
@@ -156,3 +160,11 @@ def _unpack(content: bytes, text: str) -> VideoFeatures:
         raise ValueError("its checksum is wrong")
     grid_thw, seconds_per_grid, duration = json.loads(metadata["facts"])
     return VideoFeatures(embeddings, tuple(grid_thw), seconds_per_grid, duration)
+
+
+def disk_cache(settings: PolicyConfig, tower: torch.nn.Module) -> DiskCache | None:
+    """The cache in `policy.feature_cache_dir`; None where there is none."""
+    if settings.feature_cache_dir is None:
+        return None
+    identity = tower_identity(tower, settings.attention)
+    return DiskCache(Path(settings.feature_cache_dir), settings.feature_cache_dir_mb, identity)

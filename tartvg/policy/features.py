@@ -44,6 +44,9 @@ class FeatureCache:
         self.size = 0
         self.entries: OrderedDict[Hashable, VideoFeatures] = OrderedDict()
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self.entries
+
     def get(self, key: Hashable) -> VideoFeatures | None:
         """The entry, now the most recently used one."""
         if key in self.entries:

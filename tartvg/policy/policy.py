@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tartvg.config import PolicyConfig, SamplingConfig
 from tartvg.data.clips import ClipReader
 from tartvg.data.video import Clip
-from tartvg.policy.disk_cache import DiskCache, tower_identity
+from tartvg.policy.disk_cache import DiskCache, disk_cache
 from tartvg.policy.features import FeatureCache, VideoFeatures, video_key
 from tartvg.policy.inputs import PromptInputs, clip_patches, encode_prompt
 from tartvg.policy.kv_cache import CAUSAL, SHARED_PREFIX_ATTENTION, DecodeCache, PrefixCache, attending_by
@@ -128,11 +128,8 @@ class Policy(torch.nn.Module):
 
     @torch.no_grad()
     def _video(self, path: Path, clip: Clip | None) -> VideoFeatures:
-        is_trainable = self.is_tower_trainable
-        has_key = path.is_file() and not is_trainable
-        key = video_key(path, self.settings.frames, self.device.type) if has_key else None
-        known = self._known(key)
-        if known is not None:
+        key = self._key(path)
+        if (known := self._known(key)) is not None:
             return known
         if clip is None:
             with self.timer("decode"):
@@ -140,7 +137,7 @@ class Policy(torch.nn.Module):
         with self.timer("vision"):
             video = clip_patches(clip)
             facts = (video.grid_thw, video.seconds_per_grid, clip.duration)
-            if is_trainable:
+            if self.is_tower_trainable:
                 return VideoFeatures(torch.empty(0, device=self.device), *facts, patches=video.patches)
             features = VideoFeatures(self._encode(video.patches, video.grid_thw).detach(), *facts)
         if key is not None:
@@ -149,24 +146,29 @@ class Policy(torch.nn.Module):
                 self.disk.put(key, features)
         return features
 
+    def has_features(self, path: Path) -> bool:
+        """Whether the features of a file are cached, so that nothing has to be decoded."""
+        key = self._key(path)
+        return key is not None and (key in self.cache or (self.disk is not None and key in self.disk))
+
+    def _key(self, path: Path) -> Hashable | None:
+        """Of the features of a file; None where they cannot be cached."""
+        if self.is_tower_trainable or not path.is_file():
+            return None
+        return video_key(path, self.settings.frames, self.device.type)
+
     def _known(self, key: Hashable) -> VideoFeatures | None:
         """Features from RAM, else from disk; None without a key."""
         known = self.cache.get(key)
-        if known is None and key is not None and self.disk is not None:
-            known = self.disk.get(key)
-            if known is not None:
-                self.cache.put(key, known)
+        if known is None and key is not None and self.disk is not None and (known := self.disk.get(key)) is not None:
+            self.cache.put(key, known)
         return None if known is None else replace(known, embeddings=known.embeddings.to(self.device))
 
     def _disk_cache(self) -> DiskCache | None:
-        settings = self.settings
         if self.is_tower_trainable:
             print("policy.lora.vision: the vision tower is trained, so its features are not cached")
             return None
-        if settings.feature_cache_dir is None:
-            return None
-        tower = tower_identity(self.core.model.visual, settings.attention)
-        return DiskCache(Path(settings.feature_cache_dir), settings.feature_cache_dir_mb, tower)
+        return disk_cache(self.settings, self.core.model.visual)
 
     @property
     def is_tower_trainable(self) -> bool:

@@ -31,5 +31,7 @@ def selection_of(config: Config, folder: Path, max_steps: int) -> Selection | No
         raise SettingError(f"selection.every: {what}, has queries without a label")
     if distributed.is_rank_zero():
         keep_before(folder / ROWS, max_steps + 1)
-    questions = Questions(settings, prompts, config.grpo.sampling, config.evaluate.batch_size)
+    questions = Questions(
+        settings, prompts, config.grpo.sampling, config.evaluate.batch_size, config.trainer.num_workers
+    )
     return Selection(questions, folder, max_steps)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tartvg.config import Config, SettingError
-from tartvg.data.clips import ClipReader
+from tartvg.data.clips import DECODERS, ClipReader
 from tartvg.data.datasets import load_samples
 from tartvg.policy.features import FeatureCache
 from tartvg.policy.loading import ADAPTER_FILE, EMBEDDED_TINY, base_path
@@ -44,6 +44,8 @@ def load_policy(config: Config, adapter: Path | None, *, is_trained: bool = Fals
 
     Under ZeRO-3 a policy that is to be trained (`is_trained`) stays in main memory until its weights are split.
     """
+    # first: they import while the weights are read, and start before CUDA and the network are up
+    DECODERS.start(config.trainer.num_workers)
     settings = config.policy
     policy = Policy(settings, adapter, config.seed)
     policy.cache = _cache(f"{settings.path}@{settings.revision}:{settings.precision.value}", settings.feature_cache_mb)

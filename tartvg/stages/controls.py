@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tartvg.config import Config, ControlName, SamplingConfig
 from tartvg.config.method import target_label
-from tartvg.data.video import VideoError
+from tartvg.data.video import Clip, VideoError
 from tartvg.evaluation.answers import prediction
 from tartvg.evaluation.faithfulness import Pair, Said, compare
 from tartvg.evaluation.score import answer_iou
@@ -21,6 +21,7 @@ from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atom
 from tartvg.stages.common import adapter_of, load_policy, prompts_of
 from tartvg.stages.folder import PATIENCE_S, StageFolder, fingerprint, run_dir
 from tartvg.tracking import Tracker
+from tartvg.training.prefetch import clips_ahead, split, videos_of
 from tartvg.types import Prediction, Prompt
 
 
@@ -85,15 +86,17 @@ def _miou(predictions: Sequence[Prediction]) -> float | None:
 
 def _ask(policy: Policy, prompts: Sequence[Prompt], kind: ControlName, config: Config) -> list[Prediction]:
     limits = greedy(SamplingConfig(max_new_tokens=config.grpo.sampling.max_new_tokens))
-    videos = other_videos([p.sample.video for p in prompts])
+    own = videos_of(prompts)
+    shown = own if kind is ControlName.shuffled else other_videos(own)
+    batches = split(list(zip(prompts, shown, strict=True)), config.evaluate.batch_size)
     found: list[Prediction] = []
-    for start in range(0, len(prompts), config.evaluate.batch_size):
-        stop = start + config.evaluate.batch_size
+    for batch, clips in clips_ahead(batches, lambda b: [v for _, v in b], policy, config.trainer.num_workers):
         asked = [
             (prompt, wrong)
-            for prompt, video in zip(prompts[start:stop], videos[start:stop], strict=True)
-            if (wrong := _wrong(policy, prompt, video, kind)) is not None
+            for prompt, video in batch
+            if (wrong := _wrong(policy, prompt, video, kind, clips.get(video))) is not None
         ]
+        clips.clear()
         start_s = time.perf_counter()
         completions = policy.sample([wrong for _, wrong in asked], 1, limits, [0] * len(asked)) if asked else []
         seconds = (time.perf_counter() - start_s) / max(1, len(asked))
@@ -105,14 +108,14 @@ def _ask(policy: Policy, prompts: Sequence[Prompt], kind: ControlName, config: C
     return found
 
 
-def _wrong(policy: Policy, prompt: Prompt, other: Path, kind: ControlName) -> PreparedPrompt | None:
+def _wrong(policy: Policy, prompt: Prompt, video: Path, kind: ControlName, clip: Clip | None) -> PreparedPrompt | None:
     """The prompt with its control video; None where a video cannot be decoded or there is no other one."""
     try:
         if kind is ControlName.shuffled:
-            return shuffled(policy.prepare(prompt))
-        if other == prompt.sample.video:
+            return shuffled(policy.prepare(prompt, clip))
+        if video == prompt.sample.video:
             return None
-        return policy.prepare(replace(prompt, sample=replace(prompt.sample, video=other)))
+        return policy.prepare(replace(prompt, sample=replace(prompt.sample, video=video)), clip)
     except VideoError as error:
         print(f"controls: {prompt.sample.sample_id} is left out: {error}")
         return None

@@ -32,6 +32,7 @@ from tartvg.stages.quiet import quiet_libraries
 from tartvg.stages.shards import are_complete, batch_files, helpers, is_orphan, missing_of
 from tartvg.stages.shared import data_identity
 from tartvg.tracking import Tracker
+from tartvg.training.prefetch import Clips, clips_ahead, split, videos_of
 from tartvg.training.probes import decodable
 from tartvg.types import Prediction, Prompt, Scorecard
 
@@ -130,11 +131,14 @@ def work_on_shard(config: Config, target: str, folder: Path, shard: int, parent:
     with Progress(*columns, disable=shard > 0 or not config.trainer.progress_bar) as progress:
         own = range(shard, len(files), count)
         task = progress.add_task(f"evaluate {target_label(target)}", total=len(own))
-        for number in own:
+        missing = missing_of(files, shard, count)
+        progress.advance(task, len(own) - len(missing))
+        batches = split(prompts, size)
+        ahead = clips_ahead((batches[n] for n in missing), videos_of, policy, config.trainer.num_workers)
+        for number, (batch, clips) in zip(missing, ahead, strict=True):
             if is_orphan(parent):
                 sys.exit(1)
-            if not files[number].exists():
-                write_jsonl(files[number], _predict_batch(policy, prompts[number * size : (number + 1) * size], config))
+            write_jsonl(files[number], _predict_batch(policy, batch, clips, config))
             progress.advance(task)
 
 
@@ -168,8 +172,9 @@ def _score(config: Config, label: str, prompts: Sequence[Prompt], folder: Path, 
     _track(config, folder, label, metrics, predictions, adapter)
 
 
-def _predict_batch(policy: Policy, prompts: Sequence[Prompt], config: Config) -> list[Prediction]:
-    prepared = decodable(policy, prompts, "evaluate")
+def _predict_batch(policy: Policy, prompts: Sequence[Prompt], clips: Clips, config: Config) -> list[Prediction]:
+    prepared = decodable(policy, prompts, "evaluate", clips)
+    clips.clear()  # pixels, of which nothing is needed any more
     if not prepared:
         return []
     start = time.perf_counter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +9,12 @@ from tartvg.config import Config, FilterConfig, GrpoConfig, require
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.rewards import Rubric
 from tartvg.stages.choice import selection_key
-from tartvg.stages.common import adapter_of, base_identity, clip_reader, prompts_of
+from tartvg.stages.common import adapter_of, base_identity, prompts_of
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.stages.memory import refuse_what_cannot_fit
 from tartvg.stages.train import Setup, train_stage
 from tartvg.training import distributed
-from tartvg.training.batches import StepBatch, StepDataset, step_loader
+from tartvg.training.batches import StepDataset
 from tartvg.training.grpo_module import GrpoModule
 
 
@@ -76,23 +75,12 @@ def _train(config: Config, stage: str, folder: Path, start: Path | None, max_ste
             setup.validation,
         )  # fmt: skip
 
-    def make_loader(start_step: int) -> Iterable[StepBatch]:
-        frames = config.policy.frames if config.trainer.num_workers else None
+    def make_steps(start_step: int) -> StepDataset:
         share = (distributed.rank(), distributed.world_size())
-        steps = StepDataset(
-            prompts,
-            config.grpo.prompts_per_step,
-            config.seed,
-            start_step,
-            max_steps,
-            frames,
-            clip_reader(config),
-            share,
-        )
-        return step_loader(steps, config.trainer.num_workers)
+        return StepDataset(prompts, config.grpo.prompts_per_step, config.seed, start_step, max_steps, share)
 
     train_stage(
-        config, stage, folder, max_steps, start, make_module, make_loader,
+        config, stage, folder, max_steps, start, make_module, make_steps,
         inputs=[] if start is None else [(f"{start.parent.name}-adapter", "adapter", start)],
         outputs=[(f"{stage}-rollouts", "rollouts", folder / "rollouts.jsonl")],
     )  # fmt: skip

@@ -19,6 +19,7 @@ from tartvg.stages.folder import StageFolder, run_dir
 from tartvg.tracking import Tracker
 from tartvg.training.batches import StepDataset
 from tartvg.training.grpo_module import GrpoModule
+from tartvg.training.prefetch import StepLoader
 from tartvg.training.step import StageRun
 
 STAGE = "rollouts"
@@ -49,11 +50,9 @@ def _draw(config: Config, folder: Path, max_steps: int) -> None:
     tracker = Tracker(folder, config.tracking, config.name, STAGE, to_json(config), config.seed, start)
     rubric = Rubric(config.reward, config.anchors)
     module = GrpoModule(load_policy(config, None), rubric, config.grpo, config.anchors, run, tracker)
-    frames = config.policy.frames if config.trainer.num_workers else None
-    steps = StepDataset(prompts, config.grpo.prompts_per_step, config.seed, start, max_steps, frames)
+    steps = StepDataset(prompts, config.grpo.prompts_per_step, config.seed, start, max_steps)
     with tracker, torch.no_grad():
-        for index in range(len(steps)):
-            batch = steps[index]
+        for batch in StepLoader(steps, module.policy, config.trainer.num_workers):
             groups = [group for _, _, group in module.sample_and_score(module.prepare(batch), batch.step)]
             module.record(groups, batch.step)
             tracker.log(rollout_metrics(groups, config.anchors.target) | module.policy.timer.flush(), batch.step)

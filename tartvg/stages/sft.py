@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch.utils.data import DataLoader
-
 from tartvg.config import Config, SettingError
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import read_jsonl, trace_from_json
@@ -14,8 +12,7 @@ from tartvg.stages.common import base_identity, prompts_of
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.stages.train import Setup, train_stage
 from tartvg.training import distributed
-from tartvg.training.batches import first
-from tartvg.training.sft_module import SftModule, TraceBatch, TraceDataset
+from tartvg.training.sft_module import SftModule, TraceDataset
 
 
 def run_sft(config: Config) -> None:
@@ -43,11 +40,10 @@ def _train(config: Config, folder: Path, source: Path) -> None:
     def make_module(setup: Setup) -> SftModule:
         return SftModule(setup.policy, config.sft, setup.run, setup.tracker, setup.checkpoint, setup.validation)
 
-    def make_loader(start_step: int) -> DataLoader[TraceBatch]:
+    def make_steps(start_step: int) -> TraceDataset:
         share = (distributed.rank(), distributed.world_size())
-        steps = TraceDataset(traces, prompts, config.sft, config.seed, start_step, share)
-        return DataLoader(steps, batch_size=1, shuffle=False, collate_fn=first)
+        return TraceDataset(traces, prompts, config.sft, config.seed, start_step, share)
 
     max_steps = TraceDataset(traces, prompts, config.sft, config.seed).stop
     inputs = [("traces", "traces", source)]
-    train_stage(config, "sft", folder, max_steps, None, make_module, make_loader, inputs)
+    train_stage(config, "sft", folder, max_steps, None, make_module, make_steps, inputs)

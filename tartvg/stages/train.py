@@ -16,6 +16,7 @@ from tartvg.tracking import Tracker
 from tartvg.training import distributed
 from tartvg.training.checkpoint import Checkpoint, latest_checkpoint
 from tartvg.training.faults import FAULTS
+from tartvg.training.prefetch import StepLoader, Steps
 from tartvg.training.step import StageRun, StepModule
 from tartvg.training.trainer import make_trainer
 from tartvg.training.validation import Selection
@@ -42,13 +43,13 @@ def train_stage(
     max_steps: int,
     adapter: Path | None,
     make_module: Callable[[Setup], StepModule],
-    make_loader: Callable[[int], Iterable[Any]],
+    make_steps: Callable[[int], Steps[Any]],
     inputs: Iterable[Artifact] = (),
     outputs: Iterable[Artifact] = (),
 ) -> None:
     """Train one stage in `folder`, from its last checkpoint if there is one, and write `folder/adapter`.
 
-    `adapter` is where the policy starts (None: the base). `make_loader` gets the step to start from.
+    `adapter` is where the policy starts (None: the base). `make_steps` gets the step to start from.
     """
     checkpoint = find_checkpoint(folder)
     start_step = 0 if checkpoint is None else checkpoint.step
@@ -71,7 +72,7 @@ def train_stage(
             tracker.uses(*artifact)
         if start_step < max_steps:
             trainer = make_trainer(config.trainer, folder, module.settings.max_grad_norm)
-            trainer.fit(module, make_loader(start_step))
+            trainer.fit(module, StepLoader(make_steps(start_step), policy, config.trainer.num_workers))
         module.save_result()
         for artifact in ((f"{stage}-adapter", "adapter", folder / "adapter"), *outputs):
             tracker.artifact(*artifact)

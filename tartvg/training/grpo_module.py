@@ -117,9 +117,9 @@ class GrpoModule(StepModule):
     def prepare(self, batch: StepBatch) -> list[tuple[int, PreparedPrompt]]:
         """Encode prompts and videos; skip a prompt whose video cannot be decoded."""
         prepared = []
-        for index, prompt, clip in zip(batch.places, batch.prompts, batch.clips, strict=True):
+        for index, prompt in zip(batch.places, batch.prompts, strict=True):
             try:
-                prepared.append((index, self.policy.prepare(prompt, clip)))
+                prepared.append((index, self.policy.prepare(prompt, batch.clips.get(prompt.sample.video))))
             except VideoError as error:
                 print(f"step {batch.step}: training goes on without {prompt.sample.sample_id}: {error}")
         return prepared

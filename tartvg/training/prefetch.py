@@ -1,131 +1,91 @@
-"""The items of a data set in order, made ahead by worker processes that may die or hang.
-
-Not torch's DataLoader: when one of its workers is killed while it sends (the system does that to whoever takes too much
-memory), the training waits for the rest of the message for ever. Here the end of a process ends its pipe.
-"""
+"""Clips ahead of their use: threads over decoder processes, while the policy answers the batch before."""
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
-MAX_DEATHS = 2
-"""Workers that may die over one item before it is made the careful way."""
+from tartvg.data.ahead import ahead
+from tartvg.data.packets import VideoError
+from tartvg.data.video import Clip
+from tartvg.policy.policy import Policy
+from tartvg.training.batches import StepBatch
+from tartvg.types import Prompt
 
-Item = TypeVar("Item", covariant=True)
+T = TypeVar("T")
+Step = TypeVar("Step", bound=StepBatch)
+Step_co = TypeVar("Step_co", bound=StepBatch, covariant=True)
+Clips = dict[Path, Clip]
+"""By video. What is missing in it is left to `Policy.prepare`: it is cached, or not read ahead, or cannot be read."""
 
 
-class Source(Protocol[Item]):
-    """What can be loaded."""
+def clips_ahead(
+    batches: Iterable[T], videos_of: Callable[[T], Iterable[Path]], policy: Policy, num_workers: int
+) -> Iterator[tuple[T, Clips]]:
+    """Yield each batch with its clips, in order, while `num_workers` decoders work on the next ones; 0: no clips.
+
+    In main memory are the clips of the batch that is used and of the next one; of smaller batches up to `num_workers`
+    more clips. The policy's answers do not depend on `num_workers`.
+    """
+
+    def unknown(batch: T) -> list[Path]:
+        return [video for video in dict.fromkeys(videos_of(batch)) if not policy.has_features(video)]
+
+    def read(video: Path) -> Clip | None:
+        try:
+            return policy.clips.read(video, policy.settings.frames)
+        except VideoError:
+            return None  # the policy finds it on the list of the run and reports it
+
+    if not num_workers:
+        yield from ((batch, {}) for batch in batches)
+        return
+    read_ahead = ahead(batches, unknown, read, num_workers, num_workers)
+    while True:
+        with policy.timer("decode"):  # what is left of it: waiting for the decoders
+            following = next(read_ahead, None)
+        if following is None:
+            return
+        batch, found = following
+        clips = {video: clip for video, clip in found.items() if clip is not None}
+        found.clear()
+        yield batch, clips
+
+
+def videos_of(prompts: Iterable[Prompt]) -> list[Path]:
+    """The video of each prompt."""
+    return [prompt.sample.video for prompt in prompts]
+
+
+class Steps(Protocol[Step_co]):
+    """The steps of a training."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Item: ...
-
-    def isolated(self, index: int, /) -> Item:
-        """The same item, made so that nothing that goes wrong in it harms this process."""
+    def __getitem__(self, index: int, /) -> Step_co: ...
 
 
-@dataclass
-class _Worker:
-    process: BaseProcess
-    connection: Connection
+class StepLoader(Generic[Step]):
+    """One item per step, in order, with clips ahead; sized, as an endless stream would be fetched one policy ahead."""
 
-
-class OrderedLoader(Generic[Item]):
-    """Iterates over `source`, with `num_workers` items in the making; 0 makes them here, without protection.
-
-    A worker that dies, or takes longer than `timeout_s` seconds over one item, is replaced and nothing is lost. An
-    error that an item raises is raised here.
-    """
-
-    def __init__(self, source: Source[Item], num_workers: int, timeout_s: float) -> None:
-        self.source = source
+    def __init__(self, steps: Steps[Step], policy: Policy, num_workers: int) -> None:
+        """`num_workers` decoders work ahead; with 0 each clip is decoded where it is used."""
+        self.steps = steps
+        self.policy = policy
         self.num_workers = num_workers
-        self.timeout_s = timeout_s
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.steps)
 
-    def __iter__(self) -> Iterator[Item]:
-        if not self.num_workers:
-            yield from (self.source[index] for index in range(len(self)))
-            return
-        workers = [self._start() for _ in range(min(self.num_workers, len(self)))]
-        try:
-            for place in range(len(workers)):
-                self._ask(workers, place, place)
-            for index in range(len(self)):
-                place = index % len(workers)
-                item = self._receive(workers, place, index)
-                self._ask(workers, place, index + len(workers))
-                yield item
-        finally:
-            for worker in workers:
-                _stop(worker)
-
-    def _start(self) -> _Worker:
-        # fork, as torch does: the source need not travel. Our copy of their end is closed before the next fork.
-        context = multiprocessing.get_context("fork")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(self.source, theirs, ours), daemon=True)
-        process.start()
-        theirs.close()
-        return _Worker(process, ours)
-
-    def _ask(self, workers: list[_Worker], place: int, index: int) -> None:
-        """Give a worker its next item, if there is one; its successor, where it died after the last."""
-        if index >= len(self):
-            return
-        try:
-            workers[place].connection.send(index)
-        except OSError:
-            _stop(workers[place])
-            workers[place] = self._start()
-            workers[place].connection.send(index)
-
-    def _receive(self, workers: list[_Worker], place: int, index: int) -> Item:
-        for attempt in range(MAX_DEATHS):
-            if attempt:
-                self._ask(workers, place, index)
-            worker = workers[place]
-            try:
-                if not worker.connection.poll(self.timeout_s):
-                    raise EOFError
-                item, error = worker.connection.recv()
-            except (EOFError, OSError):
-                code = _stop(worker)
-                print(f"item {index}: a process that decodes videos ended or hung (code {code}); replaced", flush=True)
-                workers[place] = self._start()
-                continue
-            if error is not None:
-                raise error
-            return item
-        return self.source.isolated(index)
+    def __iter__(self) -> Iterator[Step]:
+        batches = (self.steps[index] for index in range(len(self)))
+        for batch, clips in clips_ahead(batches, lambda b: videos_of(b.prompts), self.policy, self.num_workers):
+            batch.clips = clips
+            yield batch
+            clips.clear()
 
 
-def _serve(source: Any, connection: Connection, other: Connection) -> None:
-    other.close()
-    while True:
-        try:
-            index = connection.recv()
-        except EOFError:
-            return
-        answer: tuple[Any, Exception | None]
-        try:
-            answer = (source[index], None)
-        except Exception as error:
-            answer = (None, error)
-        connection.send(answer)
-
-
-def _stop(worker: _Worker) -> int | None:
-    """End it; its exit code."""
-    worker.connection.close()
-    worker.process.kill()
-    worker.process.join()
-    return worker.process.exitcode
+def split(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Cut a sequence into batches of at most `size`."""
+    return [items[start : start + size] for start in range(0, len(items), size)]

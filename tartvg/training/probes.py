@@ -7,6 +7,7 @@ averaged.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tartvg.config import SamplingConfig
 from tartvg.data.packets import VideoError
+from tartvg.data.video import Clip
 from tartvg.evaluation.faithfulness import Pair, Said, compare
 from tartvg.policy.controls import shuffled
 from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
@@ -50,12 +52,12 @@ def rows_of(tokens: TokenBatch, part: slice) -> TokenBatch:
     return tokens if part == ALL_ROWS else TokenBatch(tokens.ids[part], tokens.mask[part], tokens.logps[part])
 
 
-def decodable(policy: Policy, prompts: Sequence[Prompt], who: str) -> list[PreparedPrompt]:
+def decodable(policy: Policy, prompts: Sequence[Prompt], who: str, clips: Mapping[Path, Clip]) -> list[PreparedPrompt]:
     """Prompts with their videos, for scores; one that cannot be decoded is left out, and `who` says so."""
     prepared = []
     for prompt in prompts:
         try:
-            prepared.append(policy.prepare(prompt))
+            prepared.append(policy.prepare(prompt, clips.get(prompt.sample.video)))
         except VideoError as error:
             print(f"{who}: {prompt.sample.sample_id} counts as missing: {error}")
     return prepared

@@ -15,7 +15,7 @@ from tartvg.grpo import LossOutput
 from tartvg.policy.policy import PreparedPrompt, TokenBatch, token_batch
 from tartvg.records import to_json
 from tartvg.training import distributed
-from tartvg.training.batches import permutation
+from tartvg.training.batches import StepBatch, permutation
 from tartvg.training.probes import rows_of
 from tartvg.training.step import StepModule
 from tartvg.training.update import UpdateResult
@@ -25,11 +25,11 @@ Query = tuple[Prompt, list[Trace]]
 """A prompt and its traces."""
 
 
-class TraceBatch:
+class TraceBatch(StepBatch):
     """The traces of one step that this process trains on, those of one query together."""
 
     def __init__(self, step: int, groups: Sequence[Query]) -> None:
-        self.step = step
+        super().__init__(step, [prompt for prompt, _ in groups])
         self.groups = tuple(groups)
 
 
@@ -91,7 +91,8 @@ class SftModule(StepModule):
         prepared = []
         for prompt, traces in batch.groups:
             try:
-                prepared.append(((prompt, traces), self.policy.prepare(prompt), self.tokens(traces)))
+                encoded = self.policy.prepare(prompt, batch.clips.get(prompt.sample.video))
+                prepared.append(((prompt, traces), encoded, self.tokens(traces)))
             except VideoError as error:
                 print(f"step {batch.step}: training goes on without {prompt.sample.sample_id}: {error}")
         return prepared

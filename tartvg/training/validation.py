@@ -21,6 +21,7 @@ from tartvg.evaluation.score import score
 from tartvg.policy.policy import Policy
 from tartvg.records import append_jsonl, dumps, prediction_from_json, read_jsonl, write_atomic
 from tartvg.training import distributed
+from tartvg.training.prefetch import clips_ahead, split, videos_of
 from tartvg.training.probes import decodable, greedy_answers
 from tartvg.types import Prediction, Prompt
 
@@ -37,6 +38,8 @@ class Questions:
     """Each with at least one window."""
     limits: SamplingConfig
     batch_size: int
+    num_workers: int = 0
+    """Decoder processes that work ahead."""
 
 
 class Selection:
@@ -61,12 +64,12 @@ class Selection:
 
     def answers(self, policy: Policy) -> list[Prediction]:
         """Answer this rank's share of the queries. Its parameters must be gathered."""
-        prompts, size = self.questions.prompts, self.questions.batch_size
-        own = prompts[distributed.rank() :: distributed.world_size()]
+        own = self.questions.prompts[distributed.rank() :: distributed.world_size()]
+        batches = split(own, self.questions.batch_size)
         answers: list[Prediction] = []
         with policy.timer.booked_as("monitor"):
-            for start in range(0, len(own), size):
-                prepared = decodable(policy, own[start : start + size], "validation")
+            for prompts, clips in clips_ahead(batches, videos_of, policy, self.questions.num_workers):
+                prepared = decodable(policy, prompts, "validation", clips)
                 said = greedy_answers(policy, prepared, self.questions.limits)
                 answers += [prediction(p.prompt.sample, c, 0) for p, c in zip(prepared, said, strict=True)]
         return answers

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from tartvg.config import DatasetConfig, DatasetName, FramesConfig
 from tartvg.data.check import check_split
 from tartvg.data.examine import VideoFault, examine
 from tartvg.data.packets import has_variable_rate
-from tartvg.data.workers import WorkerError, map_isolated
 
 FRAMES = FramesConfig(min_pixels=784, max_pixels=3136, total_pixels=200_000, timeout_s=20)
 
@@ -147,42 +146,44 @@ def test_a_clean_folder_and_unusable_annotations(tmp_path: Path, capsys: pytest.
     assert "no val split" in capsys.readouterr().out
 
 
-def misbehave(kind: str) -> str:
-    if kind == "crash":
+MISBEHAVING = """
+import os
+import sys
+from multiprocessing.connection import Connection
+
+from tartvg.data import decoder_process
+
+
+def examine(path, settings, annotated, examine=decoder_process.examine):
+    if path.name == "crash.mp4":
         os._exit(11)
-    if kind == "hang":
-        time.sleep(600)
-    if kind == "raise":
+    if path.name == "hang.mp4":
+        os.kill(os.getpid(), 19)
+    if path.name == "raise.mp4":
         raise RuntimeError("on purpose")
-    return kind.upper()
+    return examine(path, settings, annotated)
 
 
-class Pickled:
-    """What a decoder that was taken over by its file would like to send: reading it runs code."""
-
-    def __init__(self, mark: str) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (self.mark,)
+decoder_process.examine = examine
+decoder_process.serve(Connection(int(sys.argv[-2])), int(sys.argv[-1]))
+"""
 
 
-def test_nothing_that_a_worker_sends_runs_code_here(tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    ((_, reply),) = map_isolated(Pickled, [str(mark)], workers=1, timeout_s=30.0)
-    assert isinstance(reply, WorkerError) and not mark.exists()
-
-
-@pytest.mark.slow
-def test_a_crash_or_a_hang_takes_nothing_else_along(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tartvg.data.workers._STARTING_S", 6.0)
-    kinds = ["a", "crash", "b", "hang", "c", "raise", "d"]
-    results = dict(map_isolated(misbehave, kinds, workers=2, timeout_s=1.0))
-    assert sorted(results) == sorted(kinds)
-    assert {k: v for k, v in results.items() if not isinstance(v, WorkerError)} == {k: k.upper() for k in "abcd"}
-    assert "code 11" in str(results["crash"])
-    assert "longer than 1 s" in str(results["hang"])
-    assert "code 1" in str(results["raise"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_crash_or_a_hang_takes_nothing_else_along(scripted, tmp_path: Path, monkeypatch, workers: int) -> None:
+    names = ["a", "crash", "b", "hang", "c", "raise", "d"]
+    settings = write_dataset(tmp_path / "data", [f"{name}.mp4" for name in names])
+    for name in names:
+        write_video(tmp_path / f"data/videos/{name}.mp4", list(range(0, 2000, 125)))
+    monkeypatch.setattr("tartvg.data.clips.EXAMINE_GRACE_S", 1.0)
+    scripted(MISBEHAVING)
+    frames = dataclasses.replace(FRAMES, timeout_s=1.0)
+    assert check_split(settings, frames, "test", tmp_path / "out", workers) == 1
+    found = json.loads((tmp_path / "out/validation.json").read_text())["findings"]
+    details = {Path(f["video"]).stem: f["detail"] for f in found}
+    assert sorted(details) == ["crash", "hang", "raise"]
+    assert "code 11" in details["crash"] and "code 1)" in details["raise"]
+    assert "longer than 2 s" in details["hang"]
 
 
 @pytest.mark.skipif("TARTVG_TEST_DATA" not in os.environ, reason="TARTVG_TEST_DATA is not set")

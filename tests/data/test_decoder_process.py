@@ -6,17 +6,30 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from decoders import DYING
 from test_decoding import FRAMES, numbers_on, write_usual
 
 from tartvg.config import FramesConfig
-from tartvg.data.clips import ClipReader, DecoderKilled, _decoders, decode_isolated, stop_decoder
+from tartvg.data.clips import DECODERS, ClipReader, DecoderKilled, decode_isolated, examine_isolated
+from tartvg.data.examine import VideoFault, examine
 from tartvg.data.packets import VideoError
+
+
+def the_decoder():
+    """The only process that waits for a file."""
+    (decoder,) = DECODERS._idle
+    return decoder
+
+
+@pytest.fixture(autouse=True)
+def none_before_and_after():
+    DECODERS.stop()
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +42,7 @@ def test_a_hang_ends_at_the_limit_and_the_next_file_is_read(usual: Path, tmp_pat
     """A stopped process is a real hang: it answers nothing, and only a kill ends it."""
     first = decode_isolated(usual, FRAMES)
     assert numbers_on(first) == list(range(0, 48, 4))
-    hung = _decoders[os.getpid()].process
+    hung = the_decoder().process
     os.kill(hung.pid, signal.SIGSTOP)
     started = time.monotonic()
     with pytest.raises(VideoError, match=r"usual\.mp4: decoding took longer than 1 s and was ended"):
@@ -38,19 +51,17 @@ def test_a_hang_ends_at_the_limit_and_the_next_file_is_read(usual: Path, tmp_pat
     assert hung.poll() == -signal.SIGKILL
     again = decode_isolated(usual, FRAMES)
     assert np.array_equal(again.frames, first.frames) and again.times == first.times
-    stop_decoder()
 
 
 def test_a_crash_is_a_reason_and_not_the_end(usual: Path, tmp_path: Path) -> None:
     decode_isolated(usual, FRAMES)
-    crashed = _decoders[os.getpid()]
+    crashed = the_decoder()
     os.kill(crashed.process.pid, signal.SIGSTOP)
     crashed.connection.send_bytes(b"{}")  # it fails on this, as soon as it goes on
     os.kill(crashed.process.pid, signal.SIGCONT)
     with pytest.raises(VideoError, match=r"usual\.mp4: its decoder crashed"):
         crashed.decode(usual, FRAMES)
     assert numbers_on(decode_isolated(usual, FRAMES)) == list(range(0, 48, 4))
-    stop_decoder()
 
 
 GROUP = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -65,56 +76,17 @@ def test_signals_to_the_whole_group_are_not_for_the_decoder(usual: Path, monkeyp
             for number in GROUP:
                 self.send_signal(number)
 
-    stop_decoder()
+    DECODERS.stop()
     monkeypatch.setattr(subprocess, "Popen", Signalled)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     decode_isolated(usual, FRAMES)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
     monkeypatch.undo()
-    process = _decoders[os.getpid()].process
+    process = the_decoder().process
     for number in GROUP:
         process.send_signal(number)
     assert numbers_on(decode_isolated(usual, FRAMES)) == list(range(0, 48, 4))
-    assert _decoders[os.getpid()].process is process
-    stop_decoder()
-
-
-DYING = """#!{python}
-import os
-import sys
-from multiprocessing.connection import Connection
-from pathlib import Path
-
-from tartvg.data import decoder_process
-
-
-def read_or_die(path, settings, read=decoder_process.read_clip):
-    starts = len(list(Path("{folder}").glob("start*")))
-    Path("{folder}", f"start{{starts}}").touch()
-    if starts < {deaths}:
-        os.kill(os.getpid(), {number})
-    return read(path, settings)
-
-
-decoder_process.read_clip = read_or_die
-decoder_process.serve(Connection(int(sys.argv[-1])))
-"""
-
-
-@pytest.fixture
-def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Decoders of which the first `deaths` get a signal while they decode. Returns the count of those that began."""
-
-    def start(number: signal.Signals, deaths: int):
-        script = tmp_path / "python"
-        script.write_text(DYING.format(python=sys.executable, folder=tmp_path, deaths=deaths, number=int(number)))
-        script.chmod(0o755)
-        stop_decoder()
-        monkeypatch.setattr(sys, "executable", str(script))
-        return lambda: len(list(tmp_path.glob("start*")))
-
-    yield start
-    stop_decoder()
+    assert the_decoder().process is process
 
 
 def test_a_file_whose_decoder_was_killed_is_tried_again(dying, usual: Path, tmp_path: Path) -> None:
@@ -148,12 +120,108 @@ def test_the_list_is_shared_kept_and_forgets_replaced_files(usual: Path, tmp_pat
     one, other = ClipReader(listing), ClipReader(listing)
     with pytest.raises(VideoError, match=r"broken\.mp4"):
         one.read(broken, FRAMES)
-    stop_decoder()
+    DECODERS.stop()
     with pytest.raises(VideoError, match=r"broken\.mp4"):
         other.read(broken, FRAMES)
-    assert os.getpid() not in _decoders, "the second reader knew it from the list"
+    assert not DECODERS._idle, "the second reader knew it from the list"
     (row,) = [json.loads(line) for line in listing.read_text().splitlines()]
     assert row["video"] == str(broken) and "broken.mp4: " in row["reason"]
     broken.write_bytes(usual.read_bytes())
     assert numbers_on(other.read(broken, FRAMES)) == list(range(0, 48, 4))
-    stop_decoder()
+
+
+# -- what else it must not do ------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_imported_from_the_current_folder(
+    usual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("statistics.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit('imported from the current folder')")
+    monkeypatch.chdir(tmp_path)
+    assert numbers_on(decode_isolated(usual, FRAMES)) == list(range(0, 48, 4))
+
+
+REPLYING = """
+import json
+import os
+import pickle
+import sys
+from multiprocessing.connection import Connection
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("{mark}",)
+
+
+connection = Connection(int(sys.argv[-2]))
+connection.send_bytes(b"ready")
+connection.recv_bytes()
+connection.send_bytes({reply})
+connection.recv_bytes()
+"""
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["pickle.dumps(Harmful())", "b'[' * 100000", "b'[]'", "b'3'", "b'{}'", "b'\"an error\"'",
+     "json.dumps(dict(shape=[2, 28, 28, 3], times=[0, 1], duration=2)).encode()",
+     "json.dumps(dict(shape=[10**9] * 3, times=[0, 1], duration=2)).encode()",
+     "json.dumps(dict(shape=[-1], times=[0, 1], duration=2)).encode()"],
+)  # fmt: skip
+def test_no_reply_of_a_decoder_runs_code_or_ends_the_run(scripted, usual: Path, tmp_path: Path, reply: str) -> None:
+    """A decoder that its file has taken over may send anything."""
+    mark = tmp_path / "mark"
+    scripted(REPLYING.format(mark=mark, reply=reply))
+    with pytest.raises(VideoError, match=r"usual\.mp4: its decoder replied with something that is no reply"):
+        decode_isolated(usual, FRAMES)
+    facts = examine_isolated(usual, FRAMES, 2.0)
+    assert facts.faults == (VideoFault.UNREADABLE,) and "no reply" in facts.detail
+    assert not mark.exists() and not DECODERS._idle
+
+
+def test_a_decoder_that_cannot_start_is_no_fault_of_the_file(scripted, usual: Path) -> None:
+    scripted("raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match="did not start"):
+        decode_isolated(usual, FRAMES)
+
+
+def test_a_decoder_that_is_killed_while_it_starts_is_replaced(scripted, usual: Path, tmp_path: Path) -> None:
+    text = DYING.format(folder=tmp_path, deaths=0, number=0, name="")
+    once = f"import os, pathlib\nmark = pathlib.Path('{tmp_path}/mark')\n"
+    scripted(once + "if not mark.exists():\n    mark.touch()\n    os.kill(os.getpid(), 9)\n" + text)
+    assert numbers_on(decode_isolated(usual, FRAMES)) == list(range(0, 48, 4))
+
+
+def test_examined_in_a_process_a_file_has_the_same_facts(dying, usual: Path, tmp_path: Path) -> None:
+    assert examine_isolated(usual, FRAMES, 2.0) == examine(usual, FRAMES, 2.0)
+    dying(signal.SIGSEGV, deaths=9)  # only what decodes for training is scripted
+    assert examine_isolated(usual, FRAMES, 9.0).faults == (VideoFault.DURATION_DISAGREES,)
+
+
+def test_a_name_that_looks_like_an_address_is_a_name(usual: Path, tmp_path: Path) -> None:
+    """FFmpeg reads what stands before a colon as a protocol."""
+    odd = tmp_path / "2024-01-01T10:00:00.mp4"
+    odd.write_bytes(usual.read_bytes())
+    assert numbers_on(decode_isolated(odd, FRAMES)) == list(range(0, 48, 4))
+    assert not examine_isolated(odd, FRAMES, 6.0).faults
+
+
+def test_a_forked_child_has_decoders_of_its_own(usual: Path) -> None:
+    decode_isolated(usual, FRAMES)
+    ours = the_decoder().process
+    child = os.fork()
+    if not child:
+        os._exit(int(bool(DECODERS._idle)) + 2 * int(numbers_on(decode_isolated(usual, FRAMES))[1] != 4))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert numbers_on(decode_isolated(usual, FRAMES)) == list(range(0, 48, 4)) and the_decoder().process is ours
+
+
+def test_started_decoders_are_used_and_none_is_started_beside_them(usual: Path) -> None:
+    DECODERS.start(2)
+    DECODERS.start(2)
+    pids = {decoder.process.pid for decoder in DECODERS._idle}
+    assert len(pids) == 2
+    decode_isolated(usual, FRAMES)
+    assert {decoder.process.pid for decoder in DECODERS._idle} == pids

@@ -19,7 +19,7 @@ import pytest
 from experiments.efficiency.bench import decoding as benchmark
 from tartvg.config import FramesConfig
 from tartvg.data import decode
-from tartvg.data.clips import ClipReader, stop_decoder
+from tartvg.data.clips import DECODERS, ClipReader
 from tartvg.data.decode import Painter, needed_packets, pictures
 from tartvg.data.packets import PacketTable, VideoError, scan
 from tartvg.data.video import Clip, read_clip
@@ -334,7 +334,7 @@ def test_the_benchmark_reads_the_same_frames_with_every_decoder(tmp_path: Path) 
         assert np.abs(found.astype(int) - frames["tartvg"]).mean() < 5, name
     shown = benchmark.table("9 s", 18, {"tartvg": [1.0, 2.0], "other": [2.0, 6.0]})
     assert "| other | 4 | 2.50 |" in shown
-    stop_decoder()
+    DECODERS.stop()
 
 
 # ---- the last frame ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tartvg.policy.policy import Policy
 from tartvg.prompts import build_prompt
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
-from tartvg.training.batches import StepDataset, step_loader
+from tartvg.training.batches import StepDataset
 from tartvg.training.grpo_module import GrpoModule
 from tartvg.training.step import StageRun
 from tartvg.training.trainer import make_trainer
@@ -61,8 +61,8 @@ def train(base, folder, prompts, grpo, **changes):
     run = StageRun("grpo1", folder, 0, grpo.max_steps, 10)
     with Tracker(folder, TrackingConfig(mode=TrackingMode.off), "r", "grpo1", {}, 0) as tracker:
         module = Counting(policy, Rubric(RewardConfig(), AnchorsConfig()), grpo, AnchorsConfig(), run, tracker)
-        steps = StepDataset(prompts, grpo.prompts_per_step, 0, 0, grpo.max_steps, None)
-        make_trainer(TrainerConfig(progress_bar=False), folder).fit(module, step_loader(steps, 0))
+        steps = StepDataset(prompts, grpo.prompts_per_step, 0, 0, grpo.max_steps)
+        make_trainer(TrainerConfig(progress_bar=False), folder).fit(module, steps)
     return module.after_step
 
 

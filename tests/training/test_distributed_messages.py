@@ -44,9 +44,9 @@ def prompts(tmp_path, count):
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_processes_share_the_prompts_of_a_step_without_overlap(tmp_path, count):
     some = prompts(tmp_path, 10)
-    whole = StepDataset(some, 6, 0, 0, 4, None)
+    whole = StepDataset(some, 6, 0, 0, 4)
     for step in range(4):
-        shares = [StepDataset(some, 6, 0, 0, 4, None, share=(r, count))[step] for r in range(count)]
+        shares = [StepDataset(some, 6, 0, 0, 4, share=(r, count))[step] for r in range(count)]
         assert {len(share.prompts) for share in shares} == {6 // count}
         pairs = sorted(pair for share in shares for pair in zip(share.places, share.prompts, strict=True))
         assert [prompt for _, prompt in pairs] == list(whole[step].prompts)

@@ -4,11 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ from test_training import CPU, GRPO, OFF, make_grpo
 from tartvg.config import AnchorsConfig, FramesConfig, RewardConfig, SettingError, SftConfig
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
-from tartvg.training.batches import StepDataset, step_loader
+from tartvg.training.batches import StepDataset
 from tartvg.training.checkpoint import latest_checkpoint
 from tartvg.training.grpo_module import GrpoModule
 from tartvg.training.sft_module import SftModule, TraceDataset
@@ -36,8 +33,8 @@ def lines(path):
 
 
 def fit(module, folder, prompts, steps, per_step=2):
-    data = StepDataset(prompts, per_step, 0, module.start_step, steps, None)
-    make_trainer(CPU, folder).fit(module, step_loader(data, 0))
+    data = StepDataset(prompts, per_step, 0, module.start_step, steps)
+    make_trainer(CPU, folder).fit(module, data)
 
 
 # -- numbers that are none -------------------------------------------------------------------------------------------
@@ -113,7 +110,7 @@ def broken(prompt, folder):
 def test_a_step_whose_videos_are_all_broken_is_left_out(policy, prompts, tmp_path, capsys):
     """With one prompt a step: the first step has no video, the second has one."""
     mixed = [broken(prompts[0], tmp_path), prompts[1]]
-    order = [StepDataset(mixed, 1, 0, 0, 4, None)[i].prompts[0] is mixed[0] for i in range(4)]
+    order = [StepDataset(mixed, 1, 0, 0, 4)[i].prompts[0] is mixed[0] for i in range(4)]
     fit(make_grpo(policy, tmp_path, RUBRIC, dataclasses.replace(GRPO, max_steps=4)), tmp_path, mixed, 4, per_step=1)
     rows = lines(tmp_path / "metrics.jsonl")
     assert [row.get("optim/skipped") == 1.0 for row in rows] == order and sum(order) == 2
@@ -141,60 +138,6 @@ def test_sft_leaves_such_a_step_out_too(policy, prompts, tmp_path):
     rows = lines(tmp_path / "metrics.jsonl")
     assert sorted(row.get("optim/skipped", 0.0) for row in rows) == [0.0, 1.0]
     assert lines(tmp_path / "faults.jsonl")[0]["kind"] == "empty_step"
-
-
-# -- decoding processes ----------------------------------------------------------------------------------------------
-
-
-def children():
-    return {int(pid) for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()}
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_a_decoding_process_that_is_killed_is_replaced(prompts, workers):
-    """Killed while it sends a video that the training does not take yet: the worst moment."""
-    data = StepDataset(prompts, 1, 0, 0, 7, FRAMES)
-    before, seen = children(), []
-    for batch in step_loader(data, workers):
-        seen.append(batch.step)
-        assert batch.clips[0].frames.shape[1:] == (56, 56, 3)
-        if batch.step in (1, 4):
-            time.sleep(1)
-            for pid in children() - before:
-                os.kill(pid, signal.SIGKILL)
-    assert seen == list(range(7)) and children() == before
-
-
-class Deadly(StepDataset):
-    """The decoder of one video takes its process with it, or never returns, as a broken file can make it."""
-
-    harm = "die"
-
-    def _clip(self, prompt):
-        if prompt.sample.sample_id == self.prompts[2].sample.sample_id:
-            os.kill(os.getpid(), signal.SIGKILL if self.harm == "die" else signal.SIGSTOP)
-        return super()._clip(prompt)
-
-
-@pytest.mark.parametrize("harm", ["die", "hang"])
-def test_a_video_that_takes_every_process_along_is_left_to_the_policy(prompts, capsys, harm):
-    data = Deadly(prompts, 1, 0, 0, len(prompts), FRAMES)
-    data.harm = harm
-    loader = step_loader(data, 2)
-    assert loader.timeout_s == 60 + 30
-    loader.timeout_s = 10
-    batches = list(loader)
-    unread = next(b.step for b in batches if b.prompts[0] is prompts[2])
-    assert [b.step for b in batches] == list(range(len(prompts)))
-    assert [batch.clips[0] is None for batch in batches] == [step == unread for step in range(len(prompts))]
-    assert capsys.readouterr().out.count("replaced") == 2
-
-
-def test_an_error_of_a_worker_is_raised_where_the_steps_are_used(prompts):
-    data = StepDataset(prompts, 1, 0, 0, 2, FRAMES)
-    data.prompts = None
-    with pytest.raises(TypeError):
-        list(step_loader(data, 1))
 
 
 # -- the machine around it -------------------------------------------------------------------------------------------
@@ -228,8 +171,10 @@ time_t time(time_t *out) {
 TIMED = """
 import json, sys, time
 from pathlib import Path
-from tartvg.config import Config
-from tartvg.data.workers import map_isolated
+from tartvg.config import Config, FramesConfig
+from tartvg.data.ahead import ahead
+from tartvg.data.clips import decode_isolated
+from tartvg.data.packets import VideoError
 from tartvg.stages.folder import StageFolder
 from tartvg.timing import PhaseTimer
 def nap(seconds):
@@ -241,8 +186,12 @@ if __name__ == "__main__":
     config.policy.name, config.dataset.name = "p", "planted"
     timer = PhaseTimer()
     with StageFolder(Path(sys.argv[1]) / "stage", config, {}).work(), timer("decode"):
-        done = list(map_isolated(nap, [0.3, 0.2], 1, 30.0))
-    print(json.dumps([sorted(r for _, r in done), timer.flush()]))
+        done = [found for _, found in ahead([[0.3], [0.2]], tuple, nap, 1, 1)]
+        try:
+            decode_isolated(Path("nowhere.mp4"), FramesConfig(timeout_s=30.0))
+        except VideoError as error:
+            assert "no such video file" in str(error), error
+    print(json.dumps([[seconds for found in done for seconds in found.values()], timer.flush()]))
 """
 
 
@@ -261,7 +210,7 @@ def test_nothing_depends_on_the_wall_clock(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     done, times = json.loads(result.stdout.splitlines()[-1])
-    assert done == [0.2, 0.3]
+    assert done == [0.3, 0.2]
     manifest = json.loads((tmp_path / "stage/manifest.json").read_text())
     assert manifest["finished"] and 0.5 <= manifest["seconds"] < 600
     assert 0.5 <= times["time/decode_s"] < 600

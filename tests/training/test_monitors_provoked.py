@@ -9,7 +9,6 @@ import json
 
 import pytest
 from test_training import CPU, OFF
-from torch.utils.data import DataLoader
 
 from tartvg.config import (
     AnchorsConfig,
@@ -28,7 +27,7 @@ from tartvg.policy.policy import Policy
 from tartvg.prompts import build_prompt
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
-from tartvg.training.batches import StepDataset, first, step_loader
+from tartvg.training.batches import StepDataset
 from tartvg.training.grpo_module import GrpoModule
 from tartvg.training.sft_module import SftModule, TraceDataset
 from tartvg.training.step import StageRun
@@ -72,8 +71,8 @@ def train(policy, prompts, tmp_path):
         stage = StageRun("grpo1", tmp_path, 0, steps, steps, monitors=monitors, target=target)
         with Tracker(tmp_path, OFF, "r", "grpo1", {}, 0) as tracker:
             module = GrpoModule(policy, rubric, grpo, AnchorsConfig(), stage, tracker)
-            data = StepDataset(prompts, grpo.prompts_per_step, 0, 0, steps, None)
-            make_trainer(CPU, tmp_path).fit(module, step_loader(data, 0))
+            data = StepDataset(prompts, grpo.prompts_per_step, 0, 0, steps)
+            make_trainer(CPU, tmp_path).fit(module, data)
         path = tmp_path / "alarms.jsonl"
         alarms = [json.loads(line)["monitor"] for line in path.read_text().splitlines()] if path.exists() else []
         return alarms, [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -122,7 +121,7 @@ def learn_by_heart(policy, prompts, tmp_path):
         with Tracker(tmp_path / "sft", OFF, "r", "sft", {}, 0) as tracker:
             data = TraceDataset(traces, {p.sample.sample_id: p for p in prompts}, settings, 0)
             module = SftModule(policy, settings, StageRun("sft", tmp_path / "sft", 0, data.stop, 100), tracker)
-            make_trainer(CPU, tmp_path).fit(module, DataLoader(data, batch_size=1, collate_fn=first))
+            make_trainer(CPU, tmp_path).fit(module, data)
         assert not (tmp_path / "sft" / "alarms.jsonl").exists()
 
     return learn

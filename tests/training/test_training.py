@@ -8,7 +8,6 @@ import torch
 
 from tartvg.config import (
     AnchorsConfig,
-    FramesConfig,
     GrpoConfig,
     LrDecay,
     RewardConfig,
@@ -20,7 +19,7 @@ from tartvg.config import (
 )
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
-from tartvg.training.batches import StepDataset, step_indices, step_loader
+from tartvg.training.batches import StepDataset, step_indices
 from tartvg.training.checkpoint import latest_checkpoint
 from tartvg.training.grpo_module import GrpoModule
 from tartvg.training.sft_module import SftModule, TraceDataset
@@ -48,11 +47,11 @@ def test_every_epoch_uses_every_prompt_once():
 
 
 def test_steps_continue_where_they_stopped(prompts):
-    whole = StepDataset(prompts, 2, 0, 0, 6, None)
-    rest = StepDataset(prompts, 2, 0, 4, 6, None)
+    whole = StepDataset(prompts, 2, 0, 0, 6)
+    rest = StepDataset(prompts, 2, 0, 4, 6)
     assert len(whole) == 6 and len(rest) == 2
     assert rest[0].step == 4 and rest[0].prompts == whole[4].prompts
-    loaded = list(step_loader(whole, 0))
+    loaded = list(whole)
     assert [batch.step for batch in loaded] == list(range(6))
 
 
@@ -84,7 +83,7 @@ def test_the_first_update_has_a_ratio_of_one_and_later_ones_compare_with_it(poli
     policy.sample = disturbed
     seen, noting = recorded_losses(module)
     monkeypatch.setattr("tartvg.training.grpo_module.grpo_loss", noting)
-    make_trainer(CPU, tmp_path).fit(module, step_loader(StepDataset(prompts, 2, 0, 0, 1, None), 0))
+    make_trainer(CPU, tmp_path).fit(module, StepDataset(prompts, 2, 0, 0, 1))
     assert len(seen) == 6
     for first, *later in (seen[0::2], seen[1::2]):
         assert torch.equal(first.logps_GT.detach(), first.old_logps_GT)
@@ -114,18 +113,12 @@ def test_groups_without_difference_are_dropped_and_counted(policy, prompts, tmp_
     module.score = scored
     seen, noting = recorded_losses(module)
     monkeypatch.setattr("tartvg.training.grpo_module.grpo_loss", noting)
-    make_trainer(CPU, tmp_path).fit(module, step_loader(StepDataset(prompts, 2, 0, 0, 2, None), 0))
+    make_trainer(CPU, tmp_path).fit(module, StepDataset(prompts, 2, 0, 0, 2))
     first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert len(seen) == 1 and first["group/zero_variance_rate"] == 0.5 and "optim/skipped" not in first
     assert second["group/zero_variance_rate"] == 1.0 and second["optim/skipped"] == 1.0
     assert not (tmp_path / "faults.jsonl").exists(), "no fault: nothing went wrong"
     assert len((tmp_path / "rollouts.jsonl").read_text().splitlines()) == 4
-
-
-def test_loader_workers_decode(prompts):
-    frames = FramesConfig(min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
-    batch = next(iter(step_loader(StepDataset(prompts, 2, 0, 0, 1, frames), 1)))
-    assert all(clip is not None and clip.frames.shape[1:] == (56, 56, 3) for clip in batch.clips)
 
 
 def test_traces_of_a_query_stay_together(prompts):
@@ -169,7 +162,7 @@ def test_grpo_learns_what_is_rewarded(policy, prompts, tmp_path):
 
     assert measured() < 0.006
     module.score = score
-    make_trainer(CPU, tmp_path).fit(module, step_loader(StepDataset(prompts, 2, 0, 0, 15, None), 0))
+    make_trainer(CPU, tmp_path).fit(module, StepDataset(prompts, 2, 0, 0, 15))
     assert measured() > 0.009
 
 
@@ -178,7 +171,7 @@ def test_the_first_step_has_ratio_one_and_no_kl(policy, prompts, tmp_path):
 
     module = make_grpo(policy, tmp_path, Rubric(RewardConfig(), AnchorsConfig()))
     assert policy.training and module.policy.model.training
-    make_trainer(CPU, tmp_path).fit(module, step_loader(StepDataset(prompts, 2, 0, 0, 2, None), 0))
+    make_trainer(CPU, tmp_path).fit(module, StepDataset(prompts, 2, 0, 0, 2))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["loss/kl"] == 0.0
     assert rows[0]["loss/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
@@ -188,7 +181,7 @@ def test_the_first_step_has_ratio_one_and_no_kl(policy, prompts, tmp_path):
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(policy, prompts, tmp_path, capsys):
     module = make_grpo(policy, tmp_path, Rubric(RewardConfig(), AnchorsConfig()))
-    make_trainer(CPU, tmp_path).fit(module, step_loader(StepDataset(prompts, 2, 0, 0, 2, None), 0))
+    make_trainer(CPU, tmp_path).fit(module, StepDataset(prompts, 2, 0, 0, 2))
     (tmp_path / "checkpoints/step_000002/optimizer.pt").write_bytes(b"damaged")
     assert latest_checkpoint(tmp_path / "checkpoints").step == 1
     assert "is damaged (optimizer.pt: 7 bytes instead of" in capsys.readouterr().out
@@ -217,8 +210,8 @@ def test_a_video_that_cannot_be_read_costs_its_sample_only(policy, prompts, tmp_
     sample = dataclasses.replace(prompts[0].sample, sample_id="gone", video=tmp_path / "gone.mp4")
     broken = dataclasses.replace(prompts[0], sample=sample)
     module = make_grpo(policy, tmp_path, Rubric(RewardConfig(), AnchorsConfig()))
-    data = StepDataset([broken, prompts[1]], 2, 0, 0, 1, None)
-    make_trainer(CPU, tmp_path).fit(module, step_loader(data, 0))
+    data = StepDataset([broken, prompts[1]], 2, 0, 0, 1)
+    make_trainer(CPU, tmp_path).fit(module, data)
     assert len((tmp_path / "rollouts.jsonl").read_text().splitlines()) == 1
     assert "without gone" in capsys.readouterr().out
 
@@ -230,6 +223,6 @@ def test_a_traceback_leads_from_learn_to_the_loss_in_four_calls(policy, prompts,
     module = make_grpo(policy, tmp_path, Rubric(RewardConfig(), AnchorsConfig()))
     monkeypatch.setattr("tartvg.training.grpo_module.grpo_loss", broken)
     with pytest.raises(ZeroDivisionError) as caught:
-        make_trainer(CPU, tmp_path).fit(module, step_loader(StepDataset(prompts, 2, 0, 0, 1, None), 0))
+        make_trainer(CPU, tmp_path).fit(module, StepDataset(prompts, 2, 0, 0, 1))
     names = [frame.name for frame in caught.traceback]
     assert names[names.index("learn") :] == ["learn", "__call__", "gradients", "loss", "broken"]
