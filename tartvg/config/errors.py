@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from tartvg.config.choices import SettingError
+from tartvg.config.renamed import refusal_of
 
 
 def explain(error: Exception) -> str:
@@ -48,6 +49,9 @@ def refuse_unknown_keys(node: DictConfig) -> None:
 
 
 def _unknown_key(full_key: str, owner: type) -> str:
+    said = refusal_of(full_key)
+    if said is not None:
+        return said
     parent, _, key = full_key.rpartition(".")
     valid = [field.name for field in dataclasses.fields(owner)]
     hint = _nearest(key, valid, prefix=f"{parent}." if parent else "")
@@ -56,6 +60,9 @@ def _unknown_key(full_key: str, owner: type) -> str:
 
 def _unknown_choice(missing_file: str, options: list[str]) -> str:
     group, _, choice = missing_file.rpartition("/")
+    said = refusal_of(f"{group}={choice}")
+    if said is not None:
+        return said
     if not group:
         return f"no such config file: {choice}"
     valid = f"\n  valid: {', '.join(options)}" if options else ""

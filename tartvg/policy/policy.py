@@ -95,7 +95,7 @@ class Policy(torch.nn.Module):
             raise ValueError("the policy has no trainable parameter: the adapter was loaded frozen")
         core: Any = self.model.get_base_model()
         self._core: list[Any] = [core]  # in a list: a module must not be registered twice
-        self.cache = FeatureCache(settings.feature_cache_mb)
+        self.cache = FeatureCache(settings.feature_cache_gib)
         self.disk = self._disk_cache()
         self.clips = ClipReader()
         self.timer = PhaseTimer()
@@ -172,7 +172,7 @@ class Policy(torch.nn.Module):
         if settings.feature_cache_dir is None:
             return None
         tower = tower_identity(self.core.model.visual, settings.attention)
-        return DiskCache(Path(settings.feature_cache_dir), settings.feature_cache_dir_mb, tower)
+        return DiskCache(Path(settings.feature_cache_dir), settings.feature_cache_dir_gib, tower)
 
     @property
     def is_tower_trainable(self) -> bool:
@@ -290,7 +290,7 @@ class Policy(torch.nn.Module):
         """log-probabilities of the completions of one prompt: float32 (G, T), 0 on padding.
 
         With `policy.shared_prefix` the prompt runs once, with gradient, and the G completions run as one batch on
-        top; else the whole sequence runs G times, which gives the same numbers slowly. `policy.memory_saving` is a
+        top; else the whole sequence runs G times, which gives the same numbers slowly. `policy.activation_checkpointing` is a
         third way to them (`tartvg.policy.packed`).
         """
         num_calls, length = self.lockstep_head_calls, tokens.ids.shape[1]
@@ -346,7 +346,7 @@ class Policy(torch.nn.Module):
         group, length = tokens.ids.shape
         rows = self.language_model.embed_tokens(tokens.ids[:, :-1])
         steps = prepared.inputs.next_position + torch.arange(length - 1, device=self.device)
-        if self.settings.memory_saving:
+        if self.settings.activation_checkpointing:
             prompt, positions = self._embed_prompt(prepared), prepared.inputs.positions.to(self.device)
             name = self.settings.attention
             is_reentrant = self.lockstep_head_calls > 0

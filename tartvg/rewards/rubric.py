@@ -24,7 +24,7 @@ class Rubric:
     def score(self, response: Response, sample: GroundingSample) -> RewardBreakdown:
         """format_weight * format + iou_weight * iou + tar1_weight * TAR1 - beta * TAR2 + gamma * TAR3.
 
-        Every term that can be read is paid, even when the format fails. Above `anchors.max` anchors TAR1 and TAR3 see
+        Every term that can be read is paid, even when the format fails. Above `anchors.max_count` anchors TAR1 and TAR3 see
         the first `max` only, while TAR2 counts all. The truth is `sample.target`; a sample without windows (a blind
         test set) raises ValueError. Source: arXiv 2508.07683, total reward.
         """
@@ -32,16 +32,16 @@ class Rubric:
             raise ValueError(f"sample {sample.sample_id!r} has no ground-truth window to reward against")
         setting, truth = self.reward, sample.target
         overlap = OVERLAPS[setting.iou]
-        paid_ious = [overlap(anchor, truth) for anchor in response.anchors[: self.anchors.max]]
+        paid_ious = [overlap(anchor, truth) for anchor in response.anchors[: self.anchors.max_count]]
         form = format_reward(
             response,
-            max_anchors=self.anchors.max,
+            max_anchors=self.anchors.max_count,
             needs_anchors=setting.needs_anchors,
             answer_is_last_anchor=setting.answer_is_last_anchor,
         )
         iou = iou_reward(response.answer, truth, kind=setting.iou, unparsed=setting.unparsed_iou)
         tar1 = tar1_reward(paid_ious)
-        tar2 = tar2_cost(response.num_anchors, self.anchors.target, setting.tar2_form)
+        tar2 = tar2_cost(response.num_anchors, self.anchors.count, setting.tar2_form)
         tar3 = tar3_reward(paid_ious)
         total = (
             setting.format_weight * form

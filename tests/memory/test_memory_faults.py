@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import planted_prompts, tiny_policy
+from tartvg.training.retreats import Retreats
 from test_faults import RUBRIC, fit, lines
 from test_training import CPU, GRPO, OFF, make_grpo
 
@@ -26,7 +27,6 @@ from tartvg.training.out_of_memory import (
     merge_parts,
     row_slices,
 )
-from tartvg.training.retreats import Retreats
 from tartvg.training.sft_module import SftModule, TraceDataset
 from tartvg.training.step import StageRun
 from tartvg.training.trainer import make_trainer

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tartvg.config.method import target_label
 from test_compare import SETTINGS, Samples, sweep
 from test_report import make_run
 
 from tartvg.config import Config, DatasetConfig, DatasetName, SettingError
-from tartvg.config.method import target_label
 from tartvg.launch.sweep_files import axes, cells, read_sweep
 from tartvg.launch.sweeps import Job
 from tartvg.records import dumps, write_atomic, write_jsonl
