@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -31,7 +31,15 @@ def explain(error: Exception) -> str:
         return where + _unknown_key(cause.full_key, cause.object_type)
     if isinstance(cause, MissingMandatoryValue):
         return f"{where}{cause.full_key} is not set"
-    return f"{where}{cause.full_key}: {str(cause).splitlines()[0]}"
+    own = next((e for e in _chain(cause) if isinstance(e, SettingError)), cause)  # a resolver's, which OmegaConf wraps
+    return f"{where}{cause.full_key}: {str(own).splitlines()[0]}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def refuse_unknown_keys(node: DictConfig) -> None:

@@ -290,8 +290,8 @@ class Policy(torch.nn.Module):
         """log-probabilities of the completions of one prompt: float32 (G, T), 0 on padding.
 
         With `policy.shared_prefix` the prompt runs once, with gradient, and the G completions run as one batch on
-        top; else the whole sequence runs G times, which gives the same numbers slowly. `policy.activation_checkpointing` is a
-        third way to them (`tartvg.policy.packed`).
+        top; else the whole sequence runs G times, which gives the same numbers slowly. With
+        `policy.activation_checkpointing` there is a third way to them (`tartvg.policy.packed`).
         """
         num_calls, length = self.lockstep_head_calls, tokens.ids.shape[1]
         if num_calls and length == 1:  # a lone token needs no pass of the completions, which all ranks have to take

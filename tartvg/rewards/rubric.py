@@ -24,9 +24,9 @@ class Rubric:
     def score(self, response: Response, sample: GroundingSample) -> RewardBreakdown:
         """format_weight * format + iou_weight * iou + tar1_weight * TAR1 - beta * TAR2 + gamma * TAR3.
 
-        Every term that can be read is paid, even when the format fails. Above `anchors.max_count` anchors TAR1 and TAR3 see
-        the first `max` only, while TAR2 counts all. The truth is `sample.target`; a sample without windows (a blind
-        test set) raises ValueError. Source: arXiv 2508.07683, total reward.
+        Every term that can be read is paid, even when the format fails. Of more than `anchors.max_count` anchors
+        TAR1 and TAR3 see the first so many only, while TAR2 counts all. The truth is `sample.target`; a sample without
+        windows (a blind test set) raises ValueError. Source: arXiv 2508.07683, total reward.
         """
         if not sample.windows:
             raise ValueError(f"sample {sample.sample_id!r} has no ground-truth window to reward against")

@@ -26,8 +26,8 @@ from tartvg.types import Prediction, Prompt
 def run_controls(config: Config) -> None:
     """Ask every target of `evaluate.policies` about wrong videos into `<run>/controls/<target>/`.
 
-    Gives one `<kind>.jsonl` of predictions for each of `faithfulness.kinds`, and summary.json, which compares them with the
-    answers that the evaluation has recorded.
+    Gives one `<kind>.jsonl` of predictions for each of `faithfulness.kinds`, and summary.json, which compares them
+    with the answers that the evaluation has recorded.
     """
     for target in config.evaluate.policies if config.faithfulness.kinds else []:
         _control(config, target, policy_label(target))

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import planted_prompts, tiny_policy
-from tartvg.training.retreats import Retreats
 from test_faults import RUBRIC, fit, lines
 from test_training import CPU, GRPO, OFF, make_grpo
 
@@ -27,6 +26,7 @@ from tartvg.training.out_of_memory import (
     merge_parts,
     row_slices,
 )
+from tartvg.training.retreats import Retreats
 from tartvg.training.sft_module import SftModule, TraceDataset
 from tartvg.training.step import StageRun
 from tartvg.training.trainer import make_trainer
@@ -131,7 +131,7 @@ def test_retreats_are_kept_and_hold_for_what_is_as_large(tmp_path):
 
 @pytest.mark.parametrize("aggregation", list(Aggregation))
 def test_a_group_in_parts_has_the_same_gradient(policy, prompts, tmp_path, aggregation):
-    module = make_grpo(policy, tmp_path, RUBRIC, dataclasses.replace(GRPO, aggregation=aggregation))
+    module = make_grpo(policy, tmp_path, RUBRIC, dataclasses.replace(GRPO, loss_aggregation=aggregation))
     prepared = policy.prepare(prompts[0])
     completions = [Completion("x", tuple(range(20, 20 + n)), (-3.0,) * n, True) for n in (5, 2, 7, 3, 4)]
     tokens = token_batch(completions, policy.device)

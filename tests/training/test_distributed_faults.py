@@ -74,7 +74,7 @@ def test_memory_that_one_process_lacks(strategy, limit, where, shared, run_comma
     script.write_text(CRAMPED)
     is_again = strategy == "zero3" and limit < 4
     steps, group, prompts = (1, 2, 2) if is_again else (2, 4, 4)
-    more = ["grpo.prompts_at_once=2", "stage=grpo1", "grpo.kl_coef=0", f"grpo.max_steps={steps}", "grpo.lr=3e-5",
+    more = ["grpo.sampling_batch_size=2", "stage=grpo1", "grpo.kl_coef=0", f"grpo.max_steps={steps}", "grpo.lr=3e-5",
             f"grpo.group_size={group}", f"grpo.prompts_per_step={prompts}", "monitors.kl_every=0",
             f"runs_dir={tmp_path}"]  # fmt: skip
     command = [sys.executable, str(script), *trainer(strategy, shared), *more, "name=r"]
