@@ -1,7 +1,7 @@
 """Is a training going wrong? One pure function per failure: metrics so far -> finding. No torch.
 
 A line is what a step logs (see tartvg.tracking); null and missing values are allowed. Most functions judge the mean of
-the last `monitors.window` steps. What each bound means and why it has its value stands in tartvg/config/monitors.py.
+the last `window` steps. The bounds are ours unless a line says that the paper states one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,38 @@ from statistics import fmean
 from tartvg.config import MonitorName, MonitorsConfig
 
 Line = Mapping[str, float | None]
+
+WINDOW = 5
+"""Steps over which a metric is averaged before it is judged: one step of a few groups is mostly noise."""
+SURPLUS_ANCHORS = 0.5
+"""reward_hacking: mean number of anchors above `anchors.count` [stated: 0.5]."""
+FORMAT_SHARE = 0.5
+"""format_collapse: the format rate is below this share of its best running mean [stated: half]."""
+FORMAT_HIGH = 0.2
+"""format_collapse: that best must have reached this much. Below it the rate of a few hundred completions halves by
+chance, and nothing that was learned is lost."""
+REFINEMENT_RATE = 0.2
+"""stagnant_refinement: share of refined anchors below this [stated: 0.2]. Chance is near one half."""
+MIN_PAIRS = 0.1
+"""stagnant_refinement: successive anchors per completion that it takes to speak of refinement at all."""
+ZERO_VARIANCE_RATE = 0.75
+"""zero_variance: share of groups without any difference in reward above this. They teach nothing: at three quarters, a
+step costs four times what it teaches."""
+TRUNCATED_RATE = 0.5
+"""truncation: share of completions that hit the length limit above this. Their answers are cut off, so most of the
+reward then depends on a setting."""
+ENTROPY_MIN = 0.02
+"""entropy_collapse: nats per token below this. 0.02 is a policy that says the likeliest token 99.7 times in 100 (if it
+has two to choose from): groups become copies."""
+ENTROPY_SHARE = 0.1
+"""entropy_collapse: also when below this share of the first window's entropy. Healthy runs of the tiny policy keep four
+fifths of theirs while they learn the format; at a tenth there is nothing left to choose from."""
+KL_MAX = 0.5
+"""kl_blowup: nats per token from the reference above this. At 0.5 a completion of 100 tokens is e^50 times less likely
+under the reference: the language has become another one. Estimated by k1: a few odd tokens of a healthy run lifted k3,
+which is exponential in them, to 0.7 for one step."""
+BLIND_AGREEMENT = 0.9
+"""video_blindness: mean IoU above this between the answers to a video and to the same frames in another order."""
 
 
 @dataclass(frozen=True)
@@ -41,69 +73,69 @@ class Alarm:
     """One line for the terminal and for W&B."""
 
 
-def reward_hacking(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+def reward_hacking(lines: Sequence[Line], window: int, target: int) -> Finding | None:
     """More anchors than wanted: surplus ones are being paid for (arXiv 2508.07683, failure signatures)."""
-    value, bound = _recent(lines, "anchors/count_mean", rule.window), target + rule.surplus_anchors
+    value, bound = _recent(lines, "anchors/count_mean", window), target + SURPLUS_ANCHORS
     if value is None or value <= bound:
         return None
     return Finding("anchors/count_mean", value, bound, f"anchors multiply beyond the {target} that are wanted")
 
 
-def format_collapse(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+def format_collapse(lines: Sequence[Line], window: int, target: int) -> Finding | None:
     """The format is being unlearnt: its rate fell from its best (arXiv 2508.07683, failure signatures)."""
     values = _values(lines, "reward/format_mean")
-    means = [fmean(values[end - rule.window : end]) for end in range(rule.window, len(values) + 1)]
-    if not means or max(means) < rule.format_high or means[-1] >= rule.format_share * max(means):
+    means = [fmean(values[end - window : end]) for end in range(window, len(values) + 1)]
+    if not means or max(means) < FORMAT_HIGH or means[-1] >= FORMAT_SHARE * max(means):
         return None
-    bound = rule.format_share * max(means)
+    bound = FORMAT_SHARE * max(means)
     return Finding("reward/format_mean", means[-1], bound, f"the format is being lost; it was at {max(means):.3g}")
 
 
-def stagnant_refinement(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+def stagnant_refinement(lines: Sequence[Line], window: int, target: int) -> Finding | None:
     """Later anchors are hardly ever better than earlier ones (arXiv 2508.07683, failure signatures)."""
-    rates = _values(lines, "anchors/refinement_rate")[-rule.window :]
-    pairs = _values(lines, "anchors/pairs_mean")[-rule.window :]
-    if len(rates) < rule.window or len(pairs) < len(rates) or fmean(pairs) < rule.min_pairs or sum(pairs) == 0:
+    rates = _values(lines, "anchors/refinement_rate")[-window:]
+    pairs = _values(lines, "anchors/pairs_mean")[-window:]
+    if len(rates) < window or len(pairs) < len(rates) or fmean(pairs) < MIN_PAIRS or sum(pairs) == 0:
         return None
     value = sum(r * p for r, p in zip(rates, pairs, strict=True)) / sum(pairs)
-    if value >= rule.refinement_rate:
+    if value >= REFINEMENT_RATE:
         return None
-    return Finding("anchors/refinement_rate", value, rule.refinement_rate, "anchors no longer refine one another")
+    return Finding("anchors/refinement_rate", value, REFINEMENT_RATE, "anchors no longer refine one another")
 
 
-def zero_variance(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+def zero_variance(lines: Sequence[Line], window: int, target: int) -> Finding | None:
     """Groups whose rewards are all equal have no advantage and teach nothing."""
-    return _above(lines, "group/zero_variance_rate", rule.zero_variance_rate, rule.window, "most groups teach nothing")
+    return _above(lines, "group/zero_variance_rate", ZERO_VARIANCE_RATE, window, "most groups teach nothing")
 
 
-def truncation(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+def truncation(lines: Sequence[Line], window: int, target: int) -> Finding | None:
     """Completions that the length limit cuts have no answer left to judge."""
     words = "most completions are cut off by max_new_tokens"
-    return _above(lines, "rollout/truncated_rate", rule.truncated_rate, rule.window, words)
+    return _above(lines, "rollout/truncated_rate", TRUNCATED_RATE, window, words)
 
 
-def entropy_collapse(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+def entropy_collapse(lines: Sequence[Line], window: int, target: int) -> Finding | None:
     """The policy has stopped exploring: its completions are becoming copies."""
     values = _values(lines, "rollout/entropy")
-    if len(values) < rule.window:
+    if len(values) < window:
         return None
-    value = fmean(values[-rule.window :])
-    bound = max(rule.entropy_min, rule.entropy_share * fmean(values[: rule.window]))
+    value = fmean(values[-window:])
+    bound = max(ENTROPY_MIN, ENTROPY_SHARE * fmean(values[:window]))
     return Finding("rollout/entropy", value, bound, "completions are becoming copies") if value < bound else None
 
 
-def kl_blowup(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+def kl_blowup(lines: Sequence[Line], window: int, target: int) -> Finding | None:
     """The policy has left the language of its reference. Judged at once: it is measured over thousands of tokens."""
-    return _above(lines, "rollout/kl", rule.kl_max, 1, "the policy speaks another language than its reference")
+    return _above(lines, "rollout/kl", KL_MAX, 1, "the policy speaks another language than its reference")
 
 
-def video_blindness(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+def video_blindness(lines: Sequence[Line], window: int, target: int) -> Finding | None:
     """The same answers when the frames are in another order: the policy does not look. Judged at once: it is rare."""
     words = "anchors and answers stay the same when the frames are shuffled"
-    return _above(lines, "anchors/shuffled_agreement", rule.blind_agreement, 1, words)
+    return _above(lines, "anchors/shuffled_agreement", BLIND_AGREEMENT, 1, words)
 
 
-def non_finite(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Finding | None:
+def non_finite(lines: Sequence[Line], window: int, target: int) -> Finding | None:
     """A gradient or a loss that is infinite or no number. Judged at once."""
     for metric in ("optim/grad_norm", "loss/total"):
         value = lines[-1].get(metric, 0.0) if lines else 0.0
@@ -112,7 +144,8 @@ def non_finite(lines: Sequence[Line], rule: MonitorsConfig, target: int) -> Find
     return None
 
 
-Monitor = Callable[[Sequence[Line], MonitorsConfig, int], Finding | None]
+Monitor = Callable[[Sequence[Line], int, int], Finding | None]
+"""(lines, window, K) -> what is wrong, if anything."""
 MONITORS: dict[MonitorName, Monitor] = {
     MonitorName.reward_hacking: reward_hacking,
     MonitorName.format_collapse: format_collapse,
@@ -133,9 +166,10 @@ class Watch:
     been no interruption.
     """
 
-    def __init__(self, rule: MonitorsConfig, target: int) -> None:
+    def __init__(self, rule: MonitorsConfig, target: int, window: int = WINDOW) -> None:
         self.rule = rule
         self.target = target
+        self.window = window
         self.lines: list[Line] = []
         self.firing: set[MonitorName] = set()
 
@@ -147,7 +181,7 @@ class Watch:
     def see(self, line: Line, step: int) -> list[Alarm]:
         """Judge one more step; the alarms that begin with it."""
         self.lines.append(dict(line))
-        found = {name: MONITORS[name](self.lines, self.rule, self.target) for name in self.rule.watch}
+        found = {name: MONITORS[name](self.lines, self.window, self.target) for name in self.rule.watch}
         begun = [_alarm(name, step, f) for name, f in found.items() if f is not None and name not in self.firing]
         self.firing = {name for name, finding in found.items() if finding is not None}
         return begun

@@ -39,8 +39,8 @@ def normalise_query(text: str) -> str:
 
 
 def build_prompt(sample: GroundingSample, anchors: AnchorsConfig) -> Prompt:
-    """The prompt for `sample` in the style of `anchors.prompt`, asking for `anchors.target` anchors where it asks."""
-    return Prompt(sample, _STYLES[anchors.prompt](normalise_query(sample.query), anchors.target))
+    """The prompt for `sample` in the style of `anchors.prompt`, asking for `anchors.count` anchors where it asks."""
+    return Prompt(sample, _STYLES[anchors.prompt](normalise_query(sample.query), anchors.count))
 
 
 def _tar(query: str, target: int) -> str:

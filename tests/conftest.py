@@ -72,7 +72,7 @@ def small(planted_root):
         "dataset.planted.num_test=4",
         "dataset.planted.queries_per_video=2",
         "grpo.max_steps=4",
-        "grpo.grpo2_max_steps=4",
+        "grpo.max_steps_grpo2=4",
         "grpo.prompts_per_step=2",
         "grpo.group_size=4",
         "evaluate.num_samples=1",
@@ -118,9 +118,9 @@ def shared(small):
 
     return [
         *small, *OPEN_FILTER, "policy.frames.max_frames=16", "grpo.sampling.max_new_tokens=40", "grpo.max_steps=5",
-        "grpo.grpo2_max_steps=2", "grpo.prompts_per_step=4", "grpo.prompts_at_once=1", "grpo.lr=1e-5", "sft.lr=5e-5",
-        "sft.epochs=1", "anchors.filter.max_per_query=1", "trainer.checkpoint_every=5",
-        "stage.sequence=[grpo1,filter,sft,grpo2,evaluate]", "evaluate.targets=[grpo2]",
+        "grpo.max_steps_grpo2=2", "grpo.prompts_per_step=4", "grpo.sampling_batch_size=1", "grpo.lr=1e-5",
+        "sft.lr=5e-5", "sft.epochs=1", "filter.max_per_query=1", "trainer.checkpoint_every=5",
+        "stage.sequence=[grpo1,filter,sft,grpo2,evaluate]", "evaluate.policies=[grpo2]",
     ]  # fmt: skip
 
 

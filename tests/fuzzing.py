@@ -37,8 +37,8 @@ MAX_SECONDS_PER_FILE = 5.0
 SAMPLE = GroundingSample("q0", Path("v.mp4"), "a person opens a door", (Span(10.0, 20.0),), 60.0, "train")
 RUBRICS = [
     Rubric(RewardConfig(), AnchorsConfig()),
-    Rubric(RewardConfig(iou=IouKind.hard, tar2_form=CountPenalty.squared), AnchorsConfig(target=1, max=1)),
-    Rubric(RewardConfig(tar2_form=CountPenalty.indicator, answer_is_last_anchor=False), AnchorsConfig(target=3, max=5)),
+    Rubric(RewardConfig(iou=IouKind.hard, tar2_form=CountPenalty.squared), AnchorsConfig(count=1, max_count=1)),
+    Rubric(RewardConfig(tar2_form=CountPenalty.indicator, answer_is_last_anchor=False), AnchorsConfig(3, 5)),
     Rubric(RewardConfig(needs_anchors=False, beta=0, gamma=0, tar1_weight=0), AnchorsConfig()),
 ]
 PIECES = [
@@ -78,10 +78,10 @@ def soup(rng: random.Random) -> str:
 def check_reward(text, response, rubric, reward):
     """What holds for every completion."""
     setting, anchors = rubric.reward, rubric.anchors
-    paid = min(response.num_anchors, anchors.max)
+    paid = min(response.num_anchors, anchors.max_count)
     assert math.isfinite(reward.total), text
     assert reward.terms["format"] in (0.0, 1.0)
-    assert not (reward.terms["format"] and response.num_anchors > anchors.max), text
+    assert not (reward.terms["format"] and response.num_anchors > anchors.max_count), text
     iou = reward.terms["iou"]
     assert iou == setting.unparsed_iou if response.answer is None else -1 <= iou <= 1, text
     assert abs(reward.terms["tar1"]) <= paid * (paid + 1) / 2, text
@@ -90,8 +90,9 @@ def check_reward(text, response, rubric, reward):
     assert len(reward.anchor_ious) == response.num_anchors
     assert all(-1 <= v <= 1 for v in reward.anchor_ious), text
     # no completion earns more than a perfect one that uses every paid anchor
-    best = setting.format_weight + setting.iou_weight + setting.tar1_weight * anchors.max * (anchors.max + 1) / 2
-    assert reward.total <= best + setting.gamma * (anchors.max - 1), text
+    most = anchors.max_count
+    best = setting.format_weight + setting.iou_weight + setting.tar1_weight * most * (most + 1) / 2
+    assert reward.total <= best + setting.gamma * (most - 1), text
 
 
 # -- annotation and prediction files -----------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ MOMENTS = ("grpo1", "checkpoint of grpo1", "filter", "sft", "checkpoint of sft",
 SETTINGS = [
     "dataset.planted.num_train=6", "dataset.planted.num_val=2", "dataset.planted.num_test=4",
     "dataset.planted.queries_per_video=2", "grpo.max_steps=4", "grpo.prompts_per_step=2", "grpo.group_size=4",
-    "grpo.sampling.max_new_tokens=24", "evaluate.num_samples=1", "evaluate.batch_size=2", "evaluate.targets=[sft]",
-    "anchors.filter.min_reward=-100", "anchors.filter.min_anchors=0", "anchors.filter.min_ious=[]", "sft.epochs=1",
+    "grpo.sampling.max_new_tokens=24", "evaluate.num_samples=1", "evaluate.batch_size=2", "evaluate.policies=[sft]",
+    "filter.min_reward=-100", "filter.min_anchors=0", "filter.min_ious=[]", "sft.epochs=1",
     "trainer.num_threads=1", "trainer.checkpoint_every=1", "trainer.progress_bar=false", "tracking.mode=off",
 ]  # fmt: skip
 

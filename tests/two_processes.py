@@ -3,13 +3,13 @@
 from interruptions import rows
 from safetensors.torch import load_file
 
-OPEN_FILTER = ["anchors.filter.min_reward=-100", "anchors.filter.min_anchors=0", "anchors.filter.min_ious=[]"]
+OPEN_FILTER = ["filter.min_reward=-100", "filter.min_anchors=0", "filter.min_ious=[]"]
 TWO = [
     "trainer.accelerator=cpu",
     "trainer.devices=2",
     "trainer.num_workers=0",
-    "trainer.persist_below=5000",
-    "trainer.keep_within=0",
+    "trainer.zero3.param_persistence_threshold=5000",
+    "trainer.zero3.max_reuse_distance=0",
 ]
 """ZeRO-3 splits the matrices of the base, after each use; a message per bias takes long, so one test does that."""
 STRATEGIES = ("ddp", "zero2", "zero3")

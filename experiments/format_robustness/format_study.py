@@ -40,7 +40,7 @@ def read_predictions(folder: Path) -> list[Prediction]:
 def cap_of(folder: Path) -> int | None:
     """The most anchors of a valid answer in the settings of an evaluation; None without settings that say it."""
     path = folder / "config.yaml"
-    cap = OmegaConf.select(parsed(path.read_text(encoding="utf-8")), "anchors.max") if path.is_file() else None
+    cap = OmegaConf.select(parsed(path.read_text(encoding="utf-8")), "anchors.max_count") if path.is_file() else None
     return None if cap is None else int(cap)
 
 

@@ -45,7 +45,7 @@ def landscape_rows(is_capped: bool, quality: float = 1.0) -> list[list[str]]:
     rows = []
     for target in TARGETS:
         for form in CountPenalty:
-            anchors = AnchorsConfig(target=target, max=target + 1 if is_capped else MOST)
+            anchors = AnchorsConfig(count=target, max_count=target + 1 if is_capped else MOST)
             values = totals(RewardConfig(tar2_form=form), anchors, quality)
             rows.append([str(target), form.value, *(str(round(v)) for v in values), str(optimum(values))])
     return rows
@@ -57,7 +57,7 @@ def optimum_rows() -> list[list[str]]:
     for target in TARGETS:
         for form in CountPenalty:
             for cap in (MOST, target + 1):
-                anchors, reward = AnchorsConfig(target=target, max=cap), RewardConfig(tar2_form=form)
+                anchors, reward = AnchorsConfig(count=target, max_count=cap), RewardConfig(tar2_form=form)
                 best = [str(optimum(totals(reward, anchors, quality))) for quality in QUALITIES]
                 rows.append([str(target), form.value, "none" if cap == MOST else str(cap), *best])
     return rows

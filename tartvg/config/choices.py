@@ -31,7 +31,7 @@ class StageName(Enum):
     grpo2 = "grpo2"
     evaluate = "evaluate"
     ground = "ground"
-    validate = "validate"
+    check_data = "check_data"
     memory = "memory"
     report = "report"
 

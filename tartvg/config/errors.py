@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from tartvg.config.choices import SettingError
+from tartvg.config.renamed import refusal_of
 
 
 def explain(error: Exception) -> str:
@@ -30,7 +31,15 @@ def explain(error: Exception) -> str:
         return where + _unknown_key(cause.full_key, cause.object_type)
     if isinstance(cause, MissingMandatoryValue):
         return f"{where}{cause.full_key} is not set"
-    return f"{where}{cause.full_key}: {str(cause).splitlines()[0]}"
+    own = next((e for e in _chain(cause) if isinstance(e, SettingError)), cause)  # a resolver's, which OmegaConf wraps
+    return f"{where}{cause.full_key}: {str(own).splitlines()[0]}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def refuse_unknown_keys(node: DictConfig) -> None:
@@ -48,6 +57,9 @@ def refuse_unknown_keys(node: DictConfig) -> None:
 
 
 def _unknown_key(full_key: str, owner: type) -> str:
+    said = refusal_of(full_key)
+    if said is not None:
+        return said
     parent, _, key = full_key.rpartition(".")
     valid = [field.name for field in dataclasses.fields(owner)]
     hint = _nearest(key, valid, prefix=f"{parent}." if parent else "")
@@ -56,6 +68,9 @@ def _unknown_key(full_key: str, owner: type) -> str:
 
 def _unknown_choice(missing_file: str, options: list[str]) -> str:
     group, _, choice = missing_file.rpartition("/")
+    said = refusal_of(f"{group}={choice}")
+    if said is not None:
+        return said
     if not group:
         return f"no such config file: {choice}"
     valid = f"\n  valid: {', '.join(options)}" if options else ""

@@ -71,11 +71,11 @@ SOURCES: dict[DatasetName, Source] = {
 
 
 def load_samples(settings: DatasetConfig, split: str) -> list[GroundingSample]:
-    """The samples of one split (`train`, `val` or `test`), in the order of the file, at most `settings.limit`.
+    """The samples of one split (`train`, `val` or `test`), in the order of the file, at most `settings.num_queries`.
 
     Raises ValueError naming the file and line of what is wrong, or the files that are missing.
     """
-    return list(load_annotations(settings, split).samples)[: settings.limit]
+    return list(load_annotations(settings, split).samples)[: settings.num_queries]
 
 
 def load_annotations(settings: DatasetConfig, split: str) -> Annotations:

@@ -23,9 +23,9 @@ class LossSettings:
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coef: float = 0.04
-    kl: KlEstimator = KlEstimator.k3
-    aggregation: Aggregation = Aggregation.sequence_mean
-    importance: ImportanceLevel = ImportanceLevel.token
+    kl_estimator: KlEstimator = KlEstimator.k3
+    loss_aggregation: Aggregation = Aggregation.sequence_mean
+    importance_level: ImportanceLevel = ImportanceLevel.token
     max_new_tokens: int = 1024
     """Divisor of the constant aggregation."""
 
@@ -36,9 +36,9 @@ class LossSettings:
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             kl_coef=config.kl_coef,
-            kl=config.kl,
-            aggregation=config.aggregation,
-            importance=config.importance,
+            kl_estimator=config.kl_estimator,
+            loss_aggregation=config.loss_aggregation,
+            importance_level=config.importance_level,
             max_new_tokens=config.sampling.max_new_tokens,
         )
 
@@ -106,18 +106,18 @@ def grpo_loss(inputs: LossInputs, settings: LossSettings, normaliser: float | Te
         return torch.where(is_token_GT, values_GT.to(dtype), 0.0)
 
     def mean(values_GT: Tensor) -> Tensor:
-        kind, longest = settings.aggregation, settings.max_new_tokens
+        kind, longest = settings.loss_aggregation, settings.max_new_tokens
         return aggregate(tokens(values_GT), mask_GT, kind, max_new_tokens=longest, normaliser=normaliser)
 
     logps_GT = tokens(inputs.logps_GT)
     advantages_G1 = inputs.advantages_G.to(dtype)[:, None]
-    ratio_GT = _RATIOS[settings.importance](logps_GT - tokens(inputs.old_logps_GT), mask_GT)
+    ratio_GT = _RATIOS[settings.importance_level](logps_GT - tokens(inputs.old_logps_GT), mask_GT)
     unclipped_GT = ratio_GT * advantages_G1
     clipped_GT = ratio_GT.clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantages_G1
     policy = mean(-torch.minimum(unclipped_GT, clipped_GT))
     kl = torch.zeros_like(policy)
     if inputs.ref_logps_GT is not None:
-        kl = mean(kl_tokens(logps_GT, tokens(inputs.ref_logps_GT), settings.kl))
+        kl = mean(kl_tokens(logps_GT, tokens(inputs.ref_logps_GT), settings.kl_estimator))
     loss = policy + settings.kl_coef * kl
 
     num_tokens = mask_GT.sum().clamp(min=1)

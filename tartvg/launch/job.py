@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tartvg.config import Config, SettingError, StageStopped, require, to_dataclasses
 from tartvg.config.errors import explain
+from tartvg.config.renamed import refuse_old_names
 from tartvg.launch.processes import is_follower, is_started
 from tartvg.launch.signals import PREEMPTION, REQUEUE_CODE, Preempted
 from tartvg.launch.sweeps import Job, print_summaries
@@ -62,6 +63,7 @@ def launch(main: Callable[[], object]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them, and `explain` words them
     PREEMPTION.listen()
     try:
+        refuse_old_names(sys.argv[1:])  # at once, where a sweep would refuse them job by job
         main()
     except JobFailed as failure:
         return failure.code

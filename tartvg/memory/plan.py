@@ -14,6 +14,8 @@ from tartvg.config import Config, SettingError, Strategy, TrainerConfig
 from tartvg.memory.footprint import TEXT_TOKENS, Footprint, Load, most_video_tokens, trace
 
 GIB = 2**30
+USUAL_GIB = 80e9 / GIB
+"""Of a GPU that is sold with 80 GB; its memory in GiB."""
 RUNTIME_BYTES = int(1.5 * GIB)
 FRAGMENTATION = 0.05
 PHASES = ("vision", "sample", "update")
@@ -58,12 +60,12 @@ def load_of(config: Config) -> Load:
         group_size=config.grpo.group_size,
         new_tokens=config.grpo.sampling.max_new_tokens,
         has_reference=True,
-        at_once=config.grpo.prompts_at_once,
+        at_once=config.grpo.sampling_batch_size,
         rows_per_pass=config.grpo.rows_per_pass,
     )
 
 
-def plan_of(footprint: Footprint, trainer: TrainerConfig, feature_cache_mb: int) -> Plan:
+def plan_of(footprint: Footprint, trainer: TrainerConfig, feature_cache_gib: float) -> Plan:
     """The footprint under a strategy.
 
     ZeRO-2 splits gradients and optimiser state; ZeRO-3 the weights too, but gathers them for everything without
@@ -73,7 +75,7 @@ def plan_of(footprint: Footprint, trainer: TrainerConfig, feature_cache_mb: int)
     is_zero, are_weights_split = trainer.strategy.zero_stage > 0, trainer.strategy.zero_stage == 3
     split = processes if is_zero else 1
     on_device = 0 if trainer.strategy.is_offloaded else 1
-    cached = feature_cache_mb * 2**20  # in main memory, which is a CPU's own
+    cached = int(feature_cache_gib * GIB)  # in main memory, which is a CPU's own
     kept = {
         "weights": footprint.weights // processes * on_device if are_weights_split else footprint.weights,
         "adapter": footprint.adapter + footprint.reference,
@@ -97,7 +99,7 @@ def plan_of(footprint: Footprint, trainer: TrainerConfig, feature_cache_mb: int)
 
 def estimate(config: Config) -> Plan:
     """The plan of these settings."""
-    return plan_of(trace(config.policy, load_of(config)), config.trainer, config.policy.feature_cache_mb)
+    return plan_of(trace(config.policy, load_of(config)), config.trainer, config.policy.feature_cache_gib)
 
 
 def describe(plan: Plan) -> str:
@@ -124,7 +126,7 @@ def check(config: Config, limit_bytes: int) -> Plan:
     helps = [label for label, changed in changes(config) if estimate(changed).least <= limit_bytes]
     advice = "; ".join(helps) or "none of the usual single changes suffices, combine them"
     raise SettingError(
-        f"{describe(plan)}\nThat is more than the {limit_bytes / GIB:.1f} GiB there are (trainer.memory_gb). "
+        f"{describe(plan)}\nThat is more than the {limit_bytes / GIB:.1f} GiB there are (trainer.memory_gib). "
         f"Would fit, each alone: {advice}"
     )
 
@@ -132,8 +134,8 @@ def check(config: Config, limit_bytes: int) -> Plan:
 def changes(config: Config) -> Iterator[tuple[str, Config]]:
     """(what to type, the settings with that change): single changes, the least painful first."""
     grpo, frames = config.grpo, config.policy.frames
-    if grpo.prompts_at_once != 1:
-        yield "grpo.prompts_at_once=1", replace(config, grpo=replace(grpo, prompts_at_once=1))
+    if grpo.sampling_batch_size != 1:
+        yield "grpo.sampling_batch_size=1", replace(config, grpo=replace(grpo, sampling_batch_size=1))
     rows = config.grpo.rows_per_pass or grpo.group_size
     while rows > 1:
         rows //= 2
@@ -160,11 +162,11 @@ def changes(config: Config) -> Iterator[tuple[str, Config]]:
                 )
 
 
-def table(config: Config, limit_gb: float = 80.0) -> str:
+def table(config: Config, limit_gib: float = USUAL_GIB) -> str:
     """The policy of `config` on 4, 8 and 16 GPUs under every strategy that trains on several; GiB per GPU."""
     strategies = [s for s in Strategy if s is not Strategy.single]
     lines = [
-        f"{config.policy.name}: GiB per GPU at the peak (of {limit_gb:g} GB), prompts of "
+        f"{config.policy.name}: GiB per GPU at the peak (of {limit_gib:.3g}), prompts of "
         f"{load_of(config).prompt_tokens} tokens, {config.grpo.group_size} completions of "
         f"{config.grpo.sampling.max_new_tokens}, {config.grpo.prompts_per_step} prompts a step",
         f"  {'GPUs':<6}" + "".join(f"{s.value:>16}" for s in strategies),
@@ -174,8 +176,8 @@ def table(config: Config, limit_gb: float = 80.0) -> str:
         footprint = trace(config.policy, load_of(replace(config, trainer=trainer)))
         cells = []
         for strategy in strategies:
-            plan = plan_of(footprint, replace(trainer, strategy=strategy), config.policy.feature_cache_mb)
-            fits = plan.peak <= limit_gb * 1e9
+            plan = plan_of(footprint, replace(trainer, strategy=strategy), config.policy.feature_cache_gib)
+            fits = plan.peak <= limit_gib * GIB
             cells.append(f"{plan.peak / GIB:.1f}{' ok' if fits else ' NO'}")
         lines.append(f"  {count:<6}" + "".join(f"{cell:>16}" for cell in cells))
     return "\n".join(lines)

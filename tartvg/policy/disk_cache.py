@@ -41,9 +41,9 @@ class DiskCache:
     its limit by 1/64 per process until one of them measures it again.
     """
 
-    def __init__(self, folder: Path, limit_mb: int, tower: str) -> None:
+    def __init__(self, folder: Path, limit_gib: float, tower: str) -> None:
         self.folder = folder
-        self.limit = limit_mb * 2**20
+        self.limit = int(limit_gib * 2**30)
         self.tower = tower
         self._unmeasured = self.limit  # the first entry measures what is there
         self._has_failed = False
@@ -167,4 +167,4 @@ def disk_cache(settings: PolicyConfig, tower: torch.nn.Module) -> DiskCache | No
     if settings.feature_cache_dir is None:
         return None
     identity = tower_identity(tower, settings.attention)
-    return DiskCache(Path(settings.feature_cache_dir), settings.feature_cache_dir_mb, identity)
+    return DiskCache(Path(settings.feature_cache_dir), settings.feature_cache_dir_gib, identity)

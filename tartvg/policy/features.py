@@ -39,8 +39,8 @@ def video_key(path: Path, settings: FramesConfig, device: str) -> Hashable:
 class FeatureCache:
     """Least-recently-used features in main memory, whatever device they were made on; bounded in bytes."""
 
-    def __init__(self, limit_mb: int) -> None:
-        self.limit = limit_mb * 2**20
+    def __init__(self, limit_gib: float) -> None:
+        self.limit = int(limit_gib * 2**30)
         self.size = 0
         self.entries: OrderedDict[Hashable, VideoFeatures] = OrderedDict()
 

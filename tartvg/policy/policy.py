@@ -91,7 +91,7 @@ class Policy(torch.nn.Module):
             raise ValueError("the policy has no trainable parameter: the adapter was loaded frozen")
         core: Any = self.model.get_base_model()
         self._core: list[Any] = [core]  # in a list: a module must not be registered twice
-        self.cache = FeatureCache(settings.feature_cache_mb)
+        self.cache = FeatureCache(settings.feature_cache_gib)
         self.disk = self._disk_cache()
         self.clips = ClipReader()
         self.timer = PhaseTimer()
@@ -286,8 +286,8 @@ class Policy(torch.nn.Module):
         """log-probabilities of the completions of one prompt: float32 (G, T), 0 on padding.
 
         With `policy.shared_prefix` the prompt runs once, with gradient, and the G completions run as one batch on
-        top; else the whole sequence runs G times, which gives the same numbers slowly. `policy.memory_saving` is a
-        third way to them (`tartvg.policy.packed`).
+        top; else the whole sequence runs G times, which gives the same numbers slowly. With
+        `policy.activation_checkpointing` there is a third way to them (`tartvg.policy.packed`).
         """
         num_calls, length = self.lockstep_head_calls, tokens.ids.shape[1]
         if num_calls and length == 1:  # a lone token needs no pass of the completions, which all ranks have to take
@@ -342,7 +342,7 @@ class Policy(torch.nn.Module):
         group, length = tokens.ids.shape
         rows = self.language_model.embed_tokens(tokens.ids[:, :-1])
         steps = prepared.inputs.next_position + torch.arange(length - 1, device=self.device)
-        if self.settings.memory_saving:
+        if self.settings.activation_checkpointing:
             prompt, positions = self._embed_prompt(prepared), prepared.inputs.positions.to(self.device)
             name = self.settings.attention
             is_reentrant = self.lockstep_head_calls > 0

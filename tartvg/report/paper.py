@@ -18,8 +18,8 @@ STATED = frozenset(
         "experiments=stage_order/grpo_sft_grpo",
         "reward.beta=5",
         "reward.gamma=1",
-        "anchors.filter.min_reward=6.4",
-        "anchors.filter.min_ious=[0.5,0.7]",
+        "filter.min_reward=6.4",
+        "filter.min_ious=[0.5,0.7]",
     }
 )
 """Settings of the paper's method that it states."""

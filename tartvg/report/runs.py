@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from tartvg.config.method import target_label
+from tartvg.config import policy_label
 from tartvg.evaluation.score import scorecard_from_json
 from tartvg.records import group_from_json, prediction_from_json, read_jsonl
 from tartvg.types import Prediction, RolloutGroup, Scorecard
@@ -204,7 +204,7 @@ def planned_targets(run: RunFolder) -> list[str]:
         settings = parsed(text)
         stages = [OmegaConf.select(settings, "stage.name"), *(OmegaConf.select(settings, "stage.sequence") or ())]
         if "evaluate" in stages:
-            planned |= {target_label(str(t)) for t in OmegaConf.select(settings, "evaluate.targets") or ()}
+            planned |= {policy_label(str(t)) for t in OmegaConf.select(settings, "evaluate.policies") or ()}
     return in_order(planned or (TARGETS if run.scores else ()))
 
 
@@ -241,8 +241,8 @@ def _missing(run_dir: Path, config: str | None) -> Iterator[str]:
     settings = parsed(config or "")
     sequence = OmegaConf.select(settings, "stage.sequence")
     stages = {str(s) for s in sequence} if sequence else set(ALL_STAGES)
-    evaluated = OmegaConf.select(settings, "evaluate.targets") if sequence else None
-    targets = [target_label(str(target)) for target in evaluated or TARGETS]
+    evaluated = OmegaConf.select(settings, "evaluate.policies") if sequence else None
+    targets = [policy_label(str(target)) for target in evaluated or TARGETS]
     expected = [] if config else ["config.yaml"]
     expected += ["filter/summary.json"] if "filter" in stages else []
     expected += [f"{stage}/metrics.jsonl" for stage in TRAINING_STAGES if stage in stages]

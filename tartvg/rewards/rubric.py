@@ -52,7 +52,7 @@ class Rubric:
         """
         if not sample.windows:
             raise ValueError(f"sample {sample.sample_id!r} has no ground-truth window to reward against")
-        overlap, cap = OVERLAPS[self.reward.iou], self.anchors.max
+        overlap, cap = OVERLAPS[self.reward.iou], self.anchors.max_count
         ious = tuple(overlap(anchor, sample.target) for anchor in response.anchors)
         whole = ScoredResponse(response, sample, ious, self.reward, self.anchors)
         capped = replace(whole, response=replace(response, anchors=response.anchors[:cap]), anchor_ious=ious[:cap])

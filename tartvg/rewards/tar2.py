@@ -16,4 +16,4 @@ _FORMS: dict[CountPenalty, Callable[[int], float]] = {
 
 def tar2_cost(scored: ScoredResponse) -> float:
     """Return |N - K|, (N - K)^2 or [N != K], a cost >= 0 (arXiv 2508.07683, TAR2; the paper leaves the form open)."""
-    return _FORMS[scored.reward.tar2_form](scored.response.num_anchors - scored.anchors.target)
+    return _FORMS[scored.reward.tar2_form](scored.response.num_anchors - scored.anchors.count)

@@ -14,7 +14,7 @@ class ScoredResponse:
     """One response beside its ground truth: the argument of every term."""
 
     response: Response
-    """Its anchors end at the cap `anchors.max`, unless the term is paid above it."""
+    """Its anchors end at the cap `anchors.max_count`, unless the term is paid above it."""
     sample: GroundingSample
     """Its `target` is the rewarded window, in seconds."""
     anchor_ious: tuple[float, ...]
@@ -38,7 +38,7 @@ class Term:
     is_cost: bool = False
     """Subtracted from the total instead of added."""
     is_paid_above_cap: bool = False
-    """Whether the function sees all anchors; otherwise it sees the first `anchors.max` only."""
+    """Whether the function sees all anchors; otherwise it sees the first `anchors.max_count` only."""
 
     def signed_weight(self, reward: RewardConfig) -> float:
         """Return the factor of the term in the total, negative for a cost."""

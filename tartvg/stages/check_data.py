@@ -16,6 +16,6 @@ def run_check_data(config: Config) -> int:
         config.dataset,
         config.policy.frames,
         config.evaluate.split,
-        run_dir(config) / "validate",
+        run_dir(config) / "check_data",
         max(1, config.trainer.num_workers),
     )

@@ -35,8 +35,8 @@ def prompts_of(config: Config, split: str) -> list[Prompt]:
 
 
 @lru_cache(maxsize=2)
-def _cache(base: str, limit_mb: int) -> FeatureCache:
-    return FeatureCache(limit_mb)
+def _cache(base: str, limit_gib: float) -> FeatureCache:
+    return FeatureCache(limit_gib)
 
 
 def load_policy(config: Config, adapter: Path | None, *, is_trained: bool = False) -> Policy:
@@ -48,7 +48,7 @@ def load_policy(config: Config, adapter: Path | None, *, is_trained: bool = Fals
     DECODERS.start(config.trainer.num_workers)
     settings = config.policy
     policy = Policy(settings, adapter, config.seed)
-    policy.cache = _cache(f"{settings.path}@{settings.revision}:{settings.precision.value}", settings.feature_cache_mb)
+    policy.cache = _cache(f"{settings.path}@{settings.revision}:{settings.precision.value}", settings.feature_cache_gib)
     policy.clips = clip_reader(config)
     is_partitioned = is_trained and config.trainer.strategy.zero_stage == 3
     if config.trainer.accelerator == "gpu" and not is_partitioned:

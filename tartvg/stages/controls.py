@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tartvg.config import Config, ControlName, SamplingConfig
-from tartvg.config.method import target_label
+from tartvg.config import Config, ControlName, SamplingConfig, policy_label
 from tartvg.data.video import Clip, VideoError
 from tartvg.evaluation.answers import prediction
 from tartvg.evaluation.faithfulness import Pair, Said, compare
@@ -26,13 +25,13 @@ from tartvg.types import Prediction, Prompt
 
 
 def run_controls(config: Config) -> None:
-    """Ask every target of `evaluate.targets` about wrong videos into `<run>/controls/<target>/`.
+    """Ask every target of `evaluate.policies` about wrong videos into `<run>/controls/<target>/`.
 
-    Gives one `<kind>.jsonl` of predictions for each of `controls.kinds`, and summary.json, which compares them with the
-    answers that the evaluation has recorded.
+    Gives one `<kind>.jsonl` of predictions for each of `faithfulness.kinds`, and summary.json, which compares them
+    with the answers that the evaluation has recorded.
     """
-    for target in config.evaluate.targets if config.controls.kinds else []:
-        _control(config, target, target_label(target))
+    for target in config.evaluate.policies if config.faithfulness.kinds else []:
+        _control(config, target, policy_label(target))
 
 
 def _control(config: Config, target: str, label: str) -> None:
@@ -40,17 +39,17 @@ def _control(config: Config, target: str, label: str) -> None:
     is_shard = config.evaluate.shard is not None
     if is_shard and not source.exists():
         return  # the shard that puts the results together does it
-    key = {"controls": config.controls, "predictions": fingerprint(source)}
+    key = {"controls": replace(config.faithfulness, every=0), "predictions": fingerprint(source)}
     place = StageFolder(run_dir(config) / "controls" / label, config, key)
     with place.work(PATIENCE_S if is_shard else 0.0) as is_needed:
         if not is_needed:
             return
         real = {p.sample_id: p for row in read_jsonl(source) if (p := prediction_from_json(row)).sample_index == 0}
         prompts = [p for p in prompts_of(config, config.evaluate.split) if p.sample.sample_id in real]
-        prompts = prompts[: config.controls.limit]
+        prompts = prompts[: config.faithfulness.num_queries]
         policy = load_policy(config, adapter_of(config, target)).eval()
         summary = {}
-        for kind in config.controls.kinds:
+        for kind in config.faithfulness.kinds:
             path = place.folder / f"{kind.value}.jsonl"
             if not path.exists():  # whole or not there
                 write_jsonl(path, _ask(policy, prompts, kind, config))

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tartvg.config import Config, DatasetName, SamplingConfig, SettingError
-from tartvg.config.method import target_label
+from tartvg.config import Config, DatasetName, SamplingConfig, SettingError, policy_label
 from tartvg.evaluation.answers import prediction
 from tartvg.evaluation.detection import mean_average_precision, ranked_answers
 from tartvg.evaluation.lengths import scores_by_length
@@ -41,17 +40,17 @@ BATCHES = "batches"
 
 
 def run_evaluate(config: Config) -> None:
-    """Score every target of `evaluate.targets` into `<run>/evaluate/<target>/`, then run the faithfulness controls."""
-    refuse_equal_labels(config.evaluate.targets)
+    """Score every target of `evaluate.policies` into `<run>/evaluate/<target>/`, then run the faithfulness controls."""
+    refuse_equal_labels(config.evaluate.policies)
     set_up_torch(config.trainer)
-    for target in config.evaluate.targets:
+    for target in config.evaluate.policies:
         _evaluate(config, target)
     run_controls(config)
 
 
 def _evaluate(config: Config, target: str) -> None:
     adapter = adapter_of(config, target)
-    place = StageFolder(run_dir(config) / "evaluate" / target_label(target), config, key_of(config, adapter))
+    place = StageFolder(run_dir(config) / "evaluate" / policy_label(target), config, key_of(config, adapter))
     if config.evaluate.shard is not None:
         if place.claim():
             work_on_shard(config, target, place.folder / BATCHES, config.evaluate.shard)
@@ -63,7 +62,7 @@ def _evaluate(config: Config, target: str) -> None:
         if is_needed:
             prompts = prompts_to_score(config)
             predict(config, target, prompts, place.folder / "predictions.jsonl")
-            _score(config, target_label(target), prompts, place.folder, adapter)
+            _score(config, policy_label(target), prompts, place.folder, adapter)
     # Now that the stage is marked as finished: a kill before that must not cost the predictions.
     shutil.rmtree(place.folder / BATCHES, ignore_errors=True)
 
@@ -72,8 +71,8 @@ def key_of(config: Config, adapter: Path | None) -> dict[str, Any]:
     """Everything that the results depend on, the annotations and videos among it."""
     return {
         "policy": config.policy, "dataset": config.dataset, "data": data_identity(config.dataset),
-        "prompt": config.anchors.prompt, "target": config.anchors.target, "cap": config.anchors.max,
-        "evaluate": replace(config.evaluate, targets=[], num_shards=1, shard=None),
+        "prompt": config.anchors.prompt, "target": config.anchors.count, "cap": config.anchors.max_count,
+        "evaluate": replace(config.evaluate, policies=[], num_shards=1, shard=None),
         "max_new_tokens": config.grpo.sampling.max_new_tokens, "base": base_identity(config), "seed": config.seed,
         "adapter": None if adapter is None else fingerprint(adapter), "threads": config.trainer.num_threads,
     }  # fmt: skip
@@ -83,17 +82,17 @@ def refuse_equal_labels(targets: Sequence[str]) -> None:
     """Raise SettingError for two targets whose results would have one place: the second would displace the first."""
     owner: dict[str, str] = {}
     for target in targets:
-        label = target_label(target)
+        label = policy_label(target)
         if owner.setdefault(label, target) != target:
             raise SettingError(
-                f"evaluate.targets: {owner[label]} and {target} would both be evaluate/{label}; "
+                f"evaluate.policies: {owner[label]} and {target} would both be evaluate/{label}; "
                 "evaluate them in two runs, each with a name=... of its own"
             )
 
 
 def prompts_to_score(config: Config) -> list[Prompt]:
-    """The queries of the split, at most `evaluate.limit`."""
-    return prompts_of(config, config.evaluate.split)[: config.evaluate.limit]
+    """The queries of the split, at most `evaluate.num_queries`."""
+    return prompts_of(config, config.evaluate.split)[: config.evaluate.num_queries]
 
 
 def _batches(config: Config, folder: Path) -> list[Path]:
@@ -130,7 +129,7 @@ def work_on_shard(config: Config, target: str, folder: Path, shard: int, parent:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=shard > 0 or not config.trainer.progress_bar) as progress:
         own = range(shard, len(files), count)
-        task = progress.add_task(f"evaluate {target_label(target)}", total=len(own))
+        task = progress.add_task(f"evaluate {policy_label(target)}", total=len(own))
         missing = missing_of(files, shard, count)
         progress.advance(task, len(own) - len(missing))
         batches = split(prompts, size)
@@ -157,7 +156,7 @@ def _score(config: Config, label: str, prompts: Sequence[Prompt], folder: Path, 
     conventions = Conventions(is_clipped=config.dataset.late_windows != "keep")
     rule, strict = conventions.rule, conventions.is_strict
     card = score(
-        samples, predictions, ALL_THRESHOLDS, rule, strict, max_anchors=config.anchors.max, seed=config.seed
+        samples, predictions, ALL_THRESHOLDS, rule, strict, max_anchors=config.anchors.max_count, seed=config.seed
     )  # fmt: skip
     found = scorecard_to_json(card, conventions)
     metrics = scores_as_metrics(card, config.dataset.name.value)

@@ -56,16 +56,16 @@ def select(groups: Iterable[RolloutGroup], rule: FilterConfig) -> tuple[list[Tra
 
 def run_filter(config: Config) -> None:
     """Write `<run>/filter/traces.jsonl` and summary.json, and say what each clause rejected."""
-    stage = config.anchors.filter.source
+    stage = config.filter.source
     source = run_dir(config) / stage / "rollouts.jsonl"
     if not source.is_file():
         raise SettingError(f"stage=filter needs {source}: run stage={stage} with the same name first")
-    key = {"rule": config.anchors.filter, "rollouts": fingerprint(source)}
+    key = {"rule": config.filter, "rollouts": fingerprint(source)}
     place = StageFolder(run_dir(config) / "filter", config, key)
     with place.work() as is_needed:
         if not is_needed:
             return
-        traces, total, rejected = select(map(group_from_json, read_jsonl(source)), config.anchors.filter)
+        traces, total, rejected = select(map(group_from_json, read_jsonl(source)), config.filter)
         write_jsonl(place.folder / "traces.jsonl", traces)
         summary = {"num_rollouts": total, "num_kept": len(traces), "rejected": dict(rejected)}
         write_atomic(place.folder / "summary.json", json.dumps(summary, indent=1) + "\n")

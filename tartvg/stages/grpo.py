@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from tartvg.config import Config, FilterConfig, GrpoConfig, require
+from tartvg.config import Config, GrpoConfig, require
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.rewards import Rubric
-from tartvg.stages.choice import selection_key
 from tartvg.stages.common import adapter_of, base_identity, prompts_of
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.stages.memory import refuse_what_cannot_fit
 from tartvg.stages.train import Setup, train_stage
+from tartvg.stages.validation import validation_key
 from tartvg.training import distributed
 from tartvg.training.batches import StepDataset
 from tartvg.training.grpo_module import GrpoModule
@@ -44,11 +44,11 @@ def run_grpo(config: Config, stage: str) -> None:
     max_steps = config.grpo.steps_of(stage)
     # The filter and the other stage's steps are no part of this stage: what differs in them shares its result.
     key = {
-        "policy": config.policy, "dataset": config.dataset, "anchors": replace(config.anchors, filter=FilterConfig()),
+        "policy": config.policy, "dataset": config.dataset, "anchors": config.anchors,
         "reward": config.reward, "grpo": own_settings(config.grpo), "max_steps": max_steps, "seed": config.seed,
         "base": base_identity(config),
         "adapter": None if start is None else fingerprint(start), "threads": config.trainer.num_threads,
-        **selection_key(config),
+        **validation_key(config),
     }  # fmt: skip
     place = StageFolder(run_dir(config) / stage, config, key)
     with place.work() as is_needed:
@@ -57,10 +57,8 @@ def run_grpo(config: Config, stage: str) -> None:
 
 
 def own_settings(settings: GrpoConfig) -> GrpoConfig:
-    """The settings that a stage's result depends on, without the number of steps, which each stage works out itself."""
-    return replace(
-        settings, max_steps=1, grpo2_max_steps=None, whole_budget=False, rollouts_per_step=None, rows_per_pass=None
-    )
+    """The settings that a stage's result depends on, without the number of steps, which each stage has of its own."""
+    return replace(settings, max_steps=1, max_steps_grpo2=None, rows_per_pass=None)
 
 
 def _train(config: Config, stage: str, folder: Path, start: Path | None, max_steps: int) -> None:

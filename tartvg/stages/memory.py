@@ -11,7 +11,7 @@ from tartvg.memory import plan as memory
 def run_memory(config: Config) -> None:
     """Print the estimate and the table. Raises SettingError for a plan that cannot fit."""
     try:
-        print(memory.table(config, config.trainer.memory_gb or 80.0))
+        print(memory.table(config, config.trainer.memory_gib or memory.USUAL_GIB))
         print()
         print(memory.describe(memory.estimate(config)))
     except ValueError as error:
@@ -22,9 +22,9 @@ def run_memory(config: Config) -> None:
 def refuse_what_cannot_fit(config: Config) -> None:
     """Before anything is loaded: print the estimate, and raise SettingError if there is less memory than that.
 
-    Silent where nothing says how much there is: on a CPU without `trainer.memory_gb`.
+    Silent where nothing says how much there is: on a CPU without `trainer.memory_gib`.
     """
-    limit = None if config.trainer.memory_gb is None else int(config.trainer.memory_gb * 1e9)
+    limit = None if config.trainer.memory_gib is None else int(config.trainer.memory_gib * memory.GIB)
     if limit is None and config.trainer.accelerator == "gpu" and torch.cuda.is_available():
         limit = int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     if limit is not None:

@@ -1,6 +1,6 @@
 """rollouts: what grpo1 would draw if it never learned. The untouched base answers the prompts of grpo1's steps.
 
-Its rollouts feed the filter where SFT is to come before any reinforcement learning (anchors.filter.source=rollouts).
+Its rollouts feed the filter where SFT is to come before any reinforcement learning (filter.source=rollouts).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def run_rollouts(config: Config) -> None:
     max_steps, settings = config.grpo.max_steps, config.grpo
     key = {
         "policy": config.policy, "dataset": config.dataset, "reward": config.reward, "prompt": config.anchors.prompt,
-        "target": config.anchors.target, "cap": config.anchors.max, "group_size": settings.group_size,
+        "target": config.anchors.count, "cap": config.anchors.max_count, "group_size": settings.group_size,
         "prompts_per_step": settings.prompts_per_step, "sampling": settings.sampling,
-        "at_once": settings.prompts_at_once, "max_steps": max_steps,
+        "at_once": settings.sampling_batch_size, "max_steps": max_steps,
         "seed": config.seed, "base": base_identity(config), "threads": config.trainer.num_threads,
     }  # fmt: skip
     place = StageFolder(run_dir(config) / STAGE, config, key)
@@ -55,7 +55,7 @@ def _draw(config: Config, folder: Path, max_steps: int) -> None:
         for batch in StepLoader(steps, module.policy, config.trainer.num_workers):
             groups = [group for _, _, group in module.sample_and_score(module.prepare(batch), batch.step)]
             module.record(groups, batch.step)
-            tracker.log(rollout_metrics(groups, config.anchors.target) | module.policy.timer.flush(), batch.step)
+            tracker.log(rollout_metrics(groups, config.anchors.count) | module.policy.timer.flush(), batch.step)
             if config.trainer.progress_bar:
                 print(f"rollouts: step {batch.step + 1} of {max_steps}", end="\r", flush=True)
         tracker.artifact(f"{STAGE}-rollouts", "rollouts", folder / "rollouts.jsonl")

@@ -7,10 +7,10 @@ from pathlib import Path
 from tartvg.config import Config, SettingError
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import read_jsonl, trace_from_json
-from tartvg.stages.choice import selection_key
 from tartvg.stages.common import base_identity, prompts_of
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.stages.train import Setup, train_stage
+from tartvg.stages.validation import validation_key
 from tartvg.training import distributed
 from tartvg.training.sft_module import SftModule, TraceDataset
 
@@ -23,8 +23,8 @@ def run_sft(config: Config) -> None:
         raise SettingError(f"stage=sft needs {source}: run stage=filter with the same name first")
     key = {
         "policy": config.policy, "dataset": config.dataset, "prompt": config.anchors.prompt,
-        "target": config.anchors.target, "sft": config.sft, "seed": config.seed, "traces": fingerprint(source),
-        "base": base_identity(config), "threads": config.trainer.num_threads, **selection_key(config),
+        "target": config.anchors.count, "sft": config.sft, "seed": config.seed, "traces": fingerprint(source),
+        "base": base_identity(config), "threads": config.trainer.num_threads, **validation_key(config),
     }  # fmt: skip
     place = StageFolder(run_dir(config) / "sft", config, key)
     with place.work() as is_needed:

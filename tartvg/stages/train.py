@@ -10,8 +10,8 @@ from typing import Any
 from tartvg.config import Config
 from tartvg.policy.policy import Policy
 from tartvg.records import to_json
-from tartvg.stages.choice import selection_of
 from tartvg.stages.common import keep_before, load_policy
+from tartvg.stages.validation import validation_of
 from tartvg.tracking import Tracker
 from tartvg.training import distributed
 from tartvg.training.checkpoint import Checkpoint, latest_checkpoint
@@ -19,7 +19,7 @@ from tartvg.training.faults import FAULTS
 from tartvg.training.prefetch import StepLoader, Steps
 from tartvg.training.step import StageRun, StepModule
 from tartvg.training.trainer import make_trainer
-from tartvg.training.validation import Selection
+from tartvg.training.validation import Validation
 
 Artifact = tuple[str, str, Path]
 """Name, type and place of what a stage reads or writes, for W&B."""
@@ -33,7 +33,7 @@ class Setup:
     run: StageRun
     tracker: Tracker
     checkpoint: Checkpoint | None
-    validation: Selection | None
+    validation: Validation | None
 
 
 def train_stage(
@@ -58,10 +58,10 @@ def train_stage(
         folder, config.tracking, config.name, stage, to_json(config), config.seed, start_step, is_active=is_rank_zero
     )
     run = StageRun.from_config(
-        config.trainer, stage, folder, config.seed, max_steps, config.monitors, config.anchors.target,
-        config.grpo.rows_per_pass,
+        config.trainer, stage, folder, config.seed, max_steps, config.monitors, config.faithfulness,
+        config.anchors.count, config.grpo.rows_per_pass,
     )  # fmt: skip
-    validation = selection_of(config, folder, max_steps)
+    validation = validation_of(config, folder, max_steps)
     policy = load_policy(config, adapter, is_trained=True)
     module = make_module(Setup(policy, run, tracker, checkpoint, validation))
     if is_rank_zero:

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from tartvg.config import Config, FramesConfig, PlantedConfig, Precision, PromptStyle
+from tartvg.config import Config, FramesConfig, PlantedConfig, PromptStyle
 from tartvg.data.scene import COLOURS, PHRASES, SHAPES
-from tartvg.policy.loading import load_base
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.policy.window_attention import WINDOW_ATTENTION
 from tartvg.prompts import build_prompt
@@ -37,13 +36,19 @@ FRAMES = FramesConfig(fps=2.0, min_frames=4, max_frames=96, min_pixels=3136, max
 QUICK_PROMPT = 'When does "{query}" happen in the video?'
 HORIZON = 1.25
 """The perception phase stops before its schedule ends; the habit phase goes on with a learning rate of its own."""
+NUM_VIDEOS = 1000
+"""Planted videos, drawn with their own seed; none of them is in the data set of the stages."""
+TOWER_STEPS, PERCEPTION_STEPS, HABIT_STEPS, REPEAT_STEPS = 1000, 2400, 900, 400
+BATCH_SIZE = 32
+LR, HABIT_LR = 2e-3, 1e-3
+"""Of seeing (tower, perception), and of the habits on top of it (habit, repeat)."""
 PROMPT_MIX = ((2, PromptStyle.tar, 0.5), (1, PromptStyle.tar, 0.15), (3, PromptStyle.tar, 0.15))
 """Anchors asked for and style; the rest are the TimeZero prompt."""
 
 
 def prompt_text(config: Config, query: str, target: int, style: PromptStyle) -> str:
     """The prompt of the stages for a query."""
-    anchors = replace(config.anchors, target=target, max=max(target, config.anchors.max), prompt=style)
+    anchors = replace(config.anchors, count=target, max_count=max(target, config.anchors.max_count), prompt=style)
     return build_prompt(GroundingSample("", Path(), query, (), 0.0, "train"), anchors).text
 
 
@@ -80,37 +85,23 @@ def corpus(config: Config) -> list[str]:
 def run_pretrain(config: Config) -> None:
     """Write the tiny base to `pretrain.output` in Hugging Face format. Interrupted, it continues."""
     set_up_torch(config.trainer)
-    settings = config.pretrain
-    output = Path(settings.output)
+    output = Path(config.pretrain.output)
     phases = output / "phases"
     phases.mkdir(parents=True, exist_ok=True)
-    planted = PlantedConfig(num_train=settings.num_videos, num_val=60, num_test=1, queries_per_video=8, seed=7)
+    planted = PlantedConfig(num_train=NUM_VIDEOS, num_val=60, num_test=1, queries_per_video=8, seed=7)
     train, held_out = (load_footage(Path(config.dataset.root), planted, s, FRAMES) for s in ("train", "val"))
-    model, tokenizer = _begin(config)
+    model, tokenizer = build_tiny(corpus(config), config.seed)
     model.model.visual.config._attn_implementation = WINDOW_ATTENTION
-    if not settings.start:
-        _tower_phase(config, model, tokenizer, (train, held_out), phases)
+    _tower_phase(config, model, tokenizer, (train, held_out), phases)
     school = School(config, model, tokenizer, train)
 
     def phase(name: str, steps: int, peak: float, losses: StepLosses, horizon: float = 1.0) -> None:
         run_phase(name, [model, school.sight.heads], _is_tower, steps, peak, config.seed, phases, losses, horizon)
 
-    batch = settings.batch_size
-    if not settings.start:
-        phase("perception", settings.perception_steps, settings.lr, school.perception(batch), HORIZON)
-        phase("habit", settings.habit_steps, settings.habit_lr, school.habit(batch))
-    phase("repeat", settings.repeat_steps, settings.habit_lr, school.repeat(batch // 2))
+    phase("perception", PERCEPTION_STEPS, LR, school.perception(BATCH_SIZE), HORIZON)
+    phase("habit", HABIT_STEPS, HABIT_LR, school.habit(BATCH_SIZE))
+    phase("repeat", REPEAT_STEPS, HABIT_LR, school.repeat(BATCH_SIZE // 2))
     _save(config, model, tokenizer, output)
-
-
-def _begin(config: Config) -> tuple[Any, Any]:
-    """An untrained model, or the one in `pretrain.start`."""
-    start = config.pretrain.start
-    if not start:
-        return build_tiny(corpus(config), config.seed)
-    policy = replace(config.policy, path=start, precision=Precision.fp32)
-    model, tokenizer = load_base(policy)
-    return model.train().requires_grad_(True), tokenizer
 
 
 def _tower_phase(
@@ -123,8 +114,7 @@ def _tower_phase(
         loss = tower_step(model, loss_of, frames, seen, rng)
         return loss, {"loss": float(loss.detach())}
 
-    settings = config.pretrain
-    run_phase("tower", [model, loss_of], _is_decoder, settings.tower_steps, settings.lr, config.seed, phases, step)
+    run_phase("tower", [model, loss_of], _is_decoder, TOWER_STEPS, LR, config.seed, phases, step)
     accuracy = tower_accuracy(model, loss_of, *grids_of(footage[1]))
     print(f"tower: {accuracy:.1%} of held-out seconds read without fault")
 
@@ -143,7 +133,7 @@ class School:
 
     def perception(self, count: int) -> StepLosses:
         """When is it true? Exact answers to a short question, about ever longer videos."""
-        steps = HORIZON * self.config.pretrain.perception_steps
+        steps = HORIZON * PERCEPTION_STEPS
 
         def losses(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
             longest = 8.0 + 32.0 * min(1.0, max(0.0, step / steps - 0.2) / 0.5)
@@ -212,9 +202,6 @@ def _save(config: Config, model: Any, tokenizer: Any, output: Path) -> None:
     model.generation_config = GenerationConfig(eos_token_id=ids, pad_token_id=ids[1], do_sample=True, temperature=1.0)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    command = "python run.py stage=pretrain"
-    if config.pretrain.start:
-        command += f" pretrain.start={config.pretrain.start} pretrain.repeat_steps={config.pretrain.repeat_steps}"
-    made = {"command": command, "seed": config.seed}
+    made = {"command": "python run.py stage=pretrain", "seed": config.seed}
     (output / "made_by.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     print(f"tiny base: {output}")

@@ -26,6 +26,8 @@ from tartvg.types import Prediction, RolloutGroup
 STEP = "progress/step"
 ALARMS = "alarms.jsonl"
 MAX_ARTIFACT_NAME = 128
+NUM_EXAMPLES = 4
+"""Best and worst completions shown in each table."""
 PREFIXES = ("reward", "anchors", "group", "rollout", "loss", "optim", "perf", "time", "memory", "eval", "progress")
 
 
@@ -144,17 +146,17 @@ class Tracker:
             self._mirror(lambda run, a=alarm: run.alert(f"{self._stage}: {a.monitor}", a.text))  # type: ignore[misc]
 
     def examples(self, groups: Sequence[RolloutGroup], step: int) -> None:
-        """Show the best and the worst `num_examples` completions of `groups` by total reward in a W&B table.
+        """Show the best and the worst `NUM_EXAMPLES` completions of `groups` by total reward in a W&B table.
 
         The complete record of what the model said is rollouts.jsonl; this is the sample that one looks at.
         """
-        rows = example_rows(groups, step, self._settings.num_examples)
+        rows = example_rows(groups, step, NUM_EXAMPLES)
         if rows:
             self._mirror(lambda run: run.table("rollout/examples", example_columns(), rows, {STEP: int(step)}))
 
     def answers(self, predictions: Sequence[Prediction], dataset: str) -> None:
         """The same for an evaluation: the best and the worst greedy answers by IoU."""
-        rows = answer_rows(predictions, self._settings.num_examples)
+        rows = answer_rows(predictions, NUM_EXAMPLES)
         if rows:
             self._mirror(lambda run: run.table(f"eval/{dataset}/answers", ANSWER_COLUMNS, rows, {STEP: 0}))
 

@@ -77,7 +77,7 @@ def init(settings: TrainerConfig) -> None:
         )
     if settings.strategy is Strategy.single:
         return
-    timeout = timedelta(minutes=settings.timeout_min)
+    timeout = timedelta(minutes=settings.timeout_minutes)
     is_gpu = settings.accelerator == "gpu"
     backend = "nccl" if is_gpu else "gloo"
     if not is_gpu:

@@ -88,7 +88,7 @@ class Faults:
         self._stop_at_the_limit(
             "had nothing to train on",
             f"no video of theirs can be decoded, or none fits into memory: {FAULTS} in {self.folder} says which. "
-            "stage=validate looks the videos over, stage=memory the plan",
+            "stage=check_data looks the videos over, stage=memory the plan",
         )
 
     def _stop_at_the_limit(self, what: str, advice: str) -> None:

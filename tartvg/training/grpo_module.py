@@ -39,7 +39,7 @@ from tartvg.training.out_of_memory import ALL_ROWS, in_fewest_parts, is_out_of_m
 from tartvg.training.probes import Row, control_rows, drift_rows, is_due, measured, rows_of, sampler_gap
 from tartvg.training.step import StageRun, StepModule
 from tartvg.training.update import UpdateResult
-from tartvg.training.validation import Selection
+from tartvg.training.validation import Validation
 from tartvg.types import Completion, Prompt, Rollout, RolloutGroup
 
 
@@ -77,7 +77,7 @@ class GrpoModule(StepModule):
 
     def __init__(
         self, policy: Policy, rubric: Rubric, settings: GrpoConfig, anchors: AnchorsConfig, run: StageRun,
-        tracker: Tracker, checkpoint: Checkpoint | None = None, validation: Selection | None = None,
+        tracker: Tracker, checkpoint: Checkpoint | None = None, validation: Validation | None = None,
     ) -> None:  # fmt: skip
         super().__init__(policy, settings, run, tracker, checkpoint, validation)
         self.rubric = rubric
@@ -96,7 +96,7 @@ class GrpoModule(StepModule):
         metrics = self.probe_metrics(experience) | self.learn(experience, batch.step)
         groups = self.gathered_groups(experience)
         self.record(groups, batch.step)
-        self.end(batch.step, metrics | (rollout_metrics(groups, self.anchors.target) if groups else {}))
+        self.end(batch.step, metrics | (rollout_metrics(groups, self.anchors.count) if groups else {}))
 
     # -- collect -------------------------------------------------------------------------------------------------------
 
@@ -128,7 +128,7 @@ class GrpoModule(StepModule):
         self, prompts: Sequence[tuple[int, PreparedPrompt]], step: int
     ) -> list[tuple[int, PreparedPrompt, RolloutGroup]]:
         """Sample G completions of each prompt, `sampling_batch_size` prompts at a time, then parse and score them."""
-        size = self.settings.prompts_at_once or max(1, len(prompts))
+        size = self.settings.sampling_batch_size or max(1, len(prompts))
         sampled = []
         for start in range(0, len(prompts), size):
             sampled += self.sample(prompts[start : start + size], step)
@@ -186,15 +186,14 @@ class GrpoModule(StepModule):
         reference_P: Sequence[Tensor | None], step: int,
     ) -> list[Row]:  # fmt: skip
         """Measure what the monitors need and the loss does not, where it is due."""
-        due = self.run.monitors
         rows: list[Row] = []
         with self.policy.timer.booked_as("monitor"):
             known = [reference_GT for reference_GT in reference_P if reference_GT is not None]
-            if not known and is_due(due.kl_every, step):
+            if not known and is_due(self.run.monitors.kl_every, step):
                 known = self.reference_logps(prepared_P, tokens_P)
             if known:
                 rows += drift_rows(tokens_P, known)
-            if is_due(due.control_every, step):
+            if is_due(self.run.faithfulness.every, step):
                 rows += control_rows(self.policy, prepared_P, self.settings.sampling)
         return rows
 
@@ -232,14 +231,14 @@ class GrpoModule(StepModule):
     def advantages(self, group: RolloutGroup) -> Tensor:
         """A_G: each reward compared with those of its group."""
         rewards_G = torch.tensor([r.reward.total for r in group.rollouts], dtype=torch.float32)
-        return group_advantages(rewards_G, self.settings.advantage, self.settings.advantage_eps).to(self.device)
+        return group_advantages(rewards_G, self.settings.advantage_scale).to(self.device)
 
     def normaliser(self, groups: Sequence[TrainingGroup], num_groups: int) -> float | None:
         """Tokens of all groups of all ranks over the number of groups, where the loss is a mean over tokens; else None.
 
         The other aggregations divide by constants: the mean over groups is right for them.
         """
-        if self.settings.aggregation is not Aggregation.token_mean:
+        if self.settings.loss_aggregation is not Aggregation.token_mean:
             return None
         num_tokens = sum(float(self.mask(group.tokens, group.group).sum()) for group in groups)
         return max(1.0, distributed.all_reduce_sum(num_tokens)[0]) / num_groups
@@ -261,7 +260,7 @@ class GrpoModule(StepModule):
         """
         mask_GT = self.mask(group.tokens, group.group)
         if normaliser is None and part != ALL_ROWS:
-            normaliser = divisor(mask_GT, self.settings.aggregation, self.loss_settings.max_new_tokens)
+            normaliser = divisor(mask_GT, self.settings.loss_aggregation, self.loss_settings.max_new_tokens)
         logps_GT = self.logps(group.prepared, group.tokens, part)
         if is_first:
             group.old_GT[part] = logps_GT.detach()

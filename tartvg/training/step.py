@@ -15,7 +15,16 @@ from typing import Any, TypeVar
 import pytorch_lightning as pl
 import torch
 
-from tartvg.config import GrpoConfig, LrDecay, MonitorsConfig, SftConfig, StageStopped, Strategy, TrainerConfig
+from tartvg.config import (
+    FaithfulnessConfig,
+    GrpoConfig,
+    LrDecay,
+    MonitorsConfig,
+    SftConfig,
+    StageStopped,
+    Strategy,
+    TrainerConfig,
+)
 from tartvg.grpo import LossOutput
 from tartvg.launch.signals import PREEMPTION
 from tartvg.monitors import Watch
@@ -32,7 +41,7 @@ from tartvg.training.faults import Faults, finite
 from tartvg.training.preemption import Stop
 from tartvg.training.throughput import Throughput
 from tartvg.training.update import GroupLoss, LocalUpdate, Update, UpdateResult
-from tartvg.training.validation import Selection
+from tartvg.training.validation import Validation
 from tartvg.training.zero3 import LockstepUpdate, Zero3Engine
 
 HEADLINES = {"reward": "reward/total_mean", "valid": "anchors/valid_rate", "loss": "loss/total"}
@@ -61,6 +70,7 @@ class StageRun:
     checkpoints_kept: int = KEPT
     max_skipped_steps: int = 5
     monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
+    faithfulness: FaithfulnessConfig = field(default_factory=FaithfulnessConfig)
     target: int = 2
     """K, the number of anchors that the monitors compare with."""
     strategy: Strategy = Strategy.single
@@ -69,12 +79,13 @@ class StageRun:
     @classmethod
     def from_config(
         cls, settings: TrainerConfig, stage: str, folder: Path, seed: int, max_steps: int, monitors: MonitorsConfig,
-        target: int, rows_per_pass: int | None,
+        faithfulness: FaithfulnessConfig, target: int, rows_per_pass: int | None,
     ) -> StageRun:  # fmt: skip
         """Add the trainer's slice of the settings."""
         return cls(
             stage, folder, seed, max_steps, settings.checkpoint_every, settings.checkpoint_minutes,
-            settings.checkpoints_kept, settings.max_skipped_steps, monitors, target, settings.strategy, rows_per_pass,
+            settings.checkpoints_kept, settings.max_skipped_steps, monitors, faithfulness, target, settings.strategy,
+            rows_per_pass,
         )  # fmt: skip
 
 
@@ -93,7 +104,7 @@ class StepModule(pl.LightningModule):
 
     def __init__(
         self, policy: Policy, settings: GrpoConfig | SftConfig, run: StageRun, tracker: Tracker,
-        checkpoint: Checkpoint | None = None, validation: Selection | None = None,
+        checkpoint: Checkpoint | None = None, validation: Validation | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -134,7 +145,7 @@ class StepModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW on the adapter."""
-        return torch.optim.AdamW(self.engine.parameters, lr=self.settings.lr, weight_decay=self.settings.weight_decay)
+        return torch.optim.AdamW(self.engine.parameters, lr=self.settings.lr, weight_decay=0.0)
 
     def on_train_start(self) -> None:
         """Restore what exists only now: the strategy's optimiser, and the metrics before this step."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tartvg.config import SamplingConfig, SelectionConfig
+from tartvg.config import SamplingConfig, ValidationConfig
 from tartvg.evaluation.answers import prediction
 from tartvg.evaluation.score import score
 from tartvg.policy.policy import Policy
@@ -33,7 +33,7 @@ BEST = "best"
 class Questions:
     """What a policy is asked, and how often."""
 
-    settings: SelectionConfig
+    settings: ValidationConfig
     prompts: Sequence[Prompt]
     """Each with at least one window."""
     limits: SamplingConfig
@@ -42,7 +42,7 @@ class Questions:
     """Decoder processes that work ahead."""
 
 
-class Selection:
+class Validation:
     """The measurements of one stage. Every process calls every method, and the leader writes."""
 
     def __init__(self, questions: Questions, folder: Path, max_steps: int) -> None:
@@ -101,4 +101,4 @@ class Selection:
 
     def chosen(self) -> Path | None:
         """The adapter that becomes the stage's result instead of the last one; None: the last one does."""
-        return self.folder / BEST / "adapter" if self.questions.settings.keep == "best" else None
+        return self.folder / BEST / "adapter" if self.questions.settings.keep_best else None

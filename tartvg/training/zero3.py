@@ -31,8 +31,8 @@ from tartvg.training.update import GroupLoss, Outputs, UpdateResult, is_finite, 
 def make_zero3_strategy(settings: TrainerConfig, max_grad_norm: float) -> Zero3Strategy:
     """Build Lightning's strategy for `trainer.strategy` zero3 and zero3_offload."""
     more: dict[str, Any] = {
-        "stage3_param_persistence_threshold": settings.persist_below,
-        "stage3_max_reuse_distance": settings.keep_within,
+        "stage3_param_persistence_threshold": settings.zero3.param_persistence_threshold,
+        "stage3_max_reuse_distance": settings.zero3.max_reuse_distance,
     }
     if settings.strategy.is_offloaded:
         device = {"device": "cpu", "pin_memory": settings.accelerator == "gpu"}

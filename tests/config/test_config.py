@@ -95,7 +95,7 @@ def clone(tmp_path: Path) -> Path:
     """The configuration without the rest of the package; tests spoil it, or add a stage that records its settings."""
     root = tmp_path / "clone"
     (root / "tartvg").mkdir(parents=True)
-    for folder in ("conf", "sweeps", "experiments", "tartvg/config"):
+    for folder in ("conf", "sweeps", "experiments", "tartvg/config", "tartvg/launch"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("run.py", "tartvg/__init__.py"):
         shutil.copy(ROOT / file, root / file)
@@ -161,9 +161,9 @@ def test_stage_and_dataset_files_cover_the_enums_and_choose_themselves() -> None
 
 def test_default_is_the_papers_method() -> None:
     config = composed()
-    reward, rule = config.reward, config.anchors.filter
+    reward, rule = config.reward, config.filter
     assert (reward.format_weight, reward.beta, reward.gamma, reward.iou) == (3.0, 5.0, 1.0, IouKind.soft)
-    assert (config.anchors.target, rule.min_reward, rule.min_anchors, rule.min_ious) == (2, 6.4, 2, [0.5, 0.7])
+    assert (config.anchors.count, rule.min_reward, rule.min_anchors, rule.min_ious) == (2, 6.4, 2, [0.5, 0.7])
     assert (config.policy.lora.rank, config.policy.lora.alpha) == (16, 32)
     training = [stage.value for stage in config.stage.sequence if stage not in (StageName.evaluate, StageName.report)]
     assert training == ["grpo1", "filter", "sft", "grpo2"]
@@ -172,11 +172,11 @@ def test_default_is_the_papers_method() -> None:
 @pytest.mark.parametrize("choice", choices("anchors"))
 def test_filter_asks_the_same_share_of_the_best_total(choice: str) -> None:
     config = composed(f"anchors={choice}", *GROUND)
-    k, reward = config.anchors.target, config.reward
+    k, reward = config.anchors.count, config.reward
     best = reward.format_weight + reward.iou_weight + reward.tar1_weight * k * (k + 1) / 2 + reward.gamma * (k - 1)
-    assert config.anchors.filter.min_reward == pytest.approx(0.8 * best)
-    assert config.anchors.filter.min_anchors == len(config.anchors.filter.min_ious) == k
-    assert config.anchors.max == k + 1
+    assert config.filter.min_reward == pytest.approx(0.8 * best)
+    assert config.filter.min_anchors == len(config.filter.min_ious) == k
+    assert config.anchors.max_count == k + 1
 
 
 def test_grpo_variants_differ_from_the_default_only_in_their_idea() -> None:
@@ -184,10 +184,10 @@ def test_grpo_variants_differ_from_the_default_only_in_their_idea() -> None:
         default, other = composed().grpo, composed(f"grpo={variant}", *GROUND).grpo
         return {name for name in vars(default) if getattr(default, name) != getattr(other, name)}
 
-    assert changed("dr_grpo") == {"advantage", "aggregation"}
-    assert composed("grpo=dr_grpo", *GROUND).grpo.advantage is AdvantageScale.none
-    assert changed("dapo") == {"clip_high", "kl_coef", "aggregation", "mask_truncated", "drop_zero_variance"}
-    assert changed("gspo") == {"importance", "clip_low", "clip_high"}
+    assert changed("dr_grpo") == {"advantage_scale", "loss_aggregation"}
+    assert composed("grpo=dr_grpo", *GROUND).grpo.advantage_scale is AdvantageScale.none
+    assert changed("dapo") == {"clip_high", "kl_coef", "loss_aggregation", "mask_truncated", "drop_zero_variance"}
+    assert changed("gspo") == {"importance_level", "clip_low", "clip_high"}
 
 
 # --- precedence: schema < group < policy < stage < experiment < command line
@@ -217,11 +217,11 @@ def test_experiment_beats_stage_and_policy_and_may_choose_groups(clone: Path) ->
     (folder / "higher.yaml").write_text(
         "# @package _global_\n"
         "defaults:\n  - override /reward: tar1\n  - override /trainer: ddp\n"
-        "name: clip\nevaluate:\n  targets: [sft]\ngrpo:\n  lr: 0.5\n"
+        "name: clip\nevaluate:\n  policies: [sft]\ngrpo:\n  lr: 0.5\n"
     )
     chosen = ("policy=qwen2_5_vl_3b", "experiments=clip/higher")
     config = composed_below(clone, *chosen)
-    assert (config.name, config.evaluate.targets, config.grpo.lr) == ("clip", ["sft"], 0.5)
+    assert (config.name, config.evaluate.policies, config.grpo.lr) == ("clip", ["sft"], 0.5)
     assert (config.reward.gamma, config.trainer.strategy) == (0.0, Strategy.ddp)
     assert composed_below(clone, *chosen, "reward=tar", "grpo.lr=0.1").reward.gamma == 1.0
     assert composed_below(clone, *chosen, "reward=tar", "grpo.lr=0.1").grpo.lr == 0.1
@@ -233,7 +233,7 @@ def test_experiment_beats_stage_and_policy_and_may_choose_groups(clone: Path) ->
 @pytest.mark.parametrize(
     "file,old,new,named",
     [
-        ("conf/stage/validate.yaml", "name:", "nmae:", "stage/validate.yaml: stage.nmae"),
+        ("conf/stage/check_data.yaml", "name:", "nmae:", "stage/check_data.yaml: stage.nmae"),
         ("conf/reward/tar.yaml", "beta:", "bta:", "reward/tar.yaml: reward.bta"),
         ("conf/reward/tar.yaml", "beta: 5.0", "beta: five", "reward/tar.yaml: reward.beta"),
         ("conf/policy/tiny.yaml", "max_new_tokens", "max_tokens", "policy/tiny.yaml: grpo.sampling.max_tokens"),
@@ -247,7 +247,7 @@ def test_typo_inside_a_file_is_refused_with_the_file_and_the_setting(
     assert old in text
     (clone / file).write_text(text.replace(old, new, 1))
     with pytest.raises(ConfigCompositionException) as caught:
-        composed_below(clone, "stage=validate", "sweeps=seeds")
+        composed_below(clone, "stage=check_data", "sweeps=seeds")
     assert explain(caught.value).startswith(named)
 
 
@@ -279,7 +279,8 @@ def test_name_stays_below_runs_dir(name: str) -> None:
         ("reward.bta=1", ["reward.bta", "RewardConfig", "did you mean reward.beta?", "gamma"]),
         ("reward.beta=five", ["reward.beta", "five", "Float"]),
         ("stage=grpo3", ["stage=grpo3", "did you mean grpo2?", "pipeline"]),
-        ("anchors.max=0", ["anchors.max", ">= 1", "0"]),
+        ("anchors.max_count=0", ["anchors.max_count", ">= 1", "0"]),
+        ("grpo.kl=k1", ["error: grpo.kl is now called grpo.kl_estimator\n"]),
     ],
 )
 def test_command_line_refusals_are_short_and_quick(tmp_path: Path, override: str, expected: list[str]) -> None:
@@ -315,7 +316,7 @@ from pathlib import Path
 def run(config):
     folder = Path(config.runs_dir) / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "seen.json").write_text(json.dumps([config.anchors.target, config.seed]))
+    (folder / "seen.json").write_text(json.dumps([config.anchors.count, config.seed]))
     if config.seed == 1:
         raise RuntimeError("no luck")
     return 3 if config.seed == 3 else None

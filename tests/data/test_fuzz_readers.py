@@ -62,10 +62,10 @@ VALUES = st.one_of(
 )
 NAMES = [
     "grpo.group_size", "grpo.lr", "grpo.kl_coef", "grpo.sampling.temperature", "grpo.sampling.max_new_tokens",
-    "reward.beta", "anchors.target", "anchors.max", "policy.lora.rank", "policy.frames.fps", "policy.frames.max_frames",
-    "policy.logit_chunk", "trainer.devices", "trainer.checkpoint_minutes", "trainer.checkpoints_kept",
-    "trainer.max_skipped_steps", "trainer.memory_gb", "dataset.limit", "dataset.planted.num_train", "seed", "name",
-    "sft.epochs", "evaluate.batch_size", "tracking.tags",
+    "reward.beta", "anchors.count", "anchors.max_count", "policy.lora.rank", "policy.frames.fps",
+    "policy.frames.max_frames", "policy.logit_chunk", "trainer.devices", "trainer.checkpoint_minutes",
+    "trainer.checkpoints_kept", "trainer.max_skipped_steps", "trainer.memory_gib", "dataset.num_queries",
+    "dataset.planted.num_train", "seed", "name", "sft.epochs", "evaluate.batch_size", "tracking.tags",
 ]  # fmt: skip
 
 

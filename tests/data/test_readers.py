@@ -166,7 +166,7 @@ def test_validation_is_carved_out_of_the_training_videos_of_charades() -> None:
     assert (
         len(load_samples(settings, "train")) + len(load_samples(settings, "val")) == 12405
     )  # three lie beyond the end
-    settings.limit = 7
+    settings.num_queries = 7
     assert [len(load_samples(settings, split)) for split in ("train", "val", "test")] == [7, 7, 7]
     assert load_samples(settings, "val") == val[:7]
 
@@ -405,7 +405,7 @@ def test_a_split_that_is_not_there_names_its_files(tmp_path: Path) -> None:
 
 
 def test_planted_goes_through_the_same_door(tmp_path: Path) -> None:
-    settings = DatasetConfig(name=DatasetName.planted, root=str(tmp_path), limit=2)
+    settings = DatasetConfig(name=DatasetName.planted, root=str(tmp_path), num_queries=2)
     settings.planted = PlantedConfig(num_train=1, num_val=1, num_test=1, queries_per_video=3)
     samples = load_samples(settings, "val")
     assert len(samples) == 2 and samples[0].video.is_file() and samples[0].split == "val"

@@ -18,11 +18,11 @@ from tartvg.spans import soft_iou
 
 def test_the_literal_formula_by_hand() -> None:
     """3 + 1 + N(N+1)/2 - 5|N-2| + (N-1) for near-perfect anchors; an answer without any loses the format, too."""
-    values = totals(RewardConfig(), AnchorsConfig(target=2, max=MOST), 1.0)
+    values = totals(RewardConfig(), AnchorsConfig(count=2, max_count=MOST), 1.0)
     assert values == pytest.approx([-9, 0, 8, 7, 7, 8, 10, 13, 17, 22, 28], abs=0.01)
-    squared = totals(RewardConfig(tar2_form=CountPenalty.squared), AnchorsConfig(target=2, max=MOST), 1.0)
+    squared = totals(RewardConfig(tar2_form=CountPenalty.squared), AnchorsConfig(count=2, max_count=MOST), 1.0)
     assert squared[4] == pytest.approx(3 + 1 + 10 - 5 * 4 + 3, abs=0.01)
-    half = totals(RewardConfig(), AnchorsConfig(target=2, max=3), 0.5)
+    half = totals(RewardConfig(), AnchorsConfig(count=2, max_count=3), 0.5)
     assert half[2] == pytest.approx(3 + 0.5 + 1.5 + 1, abs=0.01)
     assert half[4] == pytest.approx(0 + 0.5 + 0.5 * 6 - 5 * 2 + 2, abs=0.01)  # above the cap: no format, three are paid
 

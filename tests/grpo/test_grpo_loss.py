@@ -35,7 +35,7 @@ def literal_loss(inputs: LossInputs, settings: LossSettings, normaliser: float |
         log_ratios = [inputs.logps_GT[i, t] - inputs.old_logps_GT[i, t] for t in positions]
         losses = []
         for t, log_ratio in zip(positions, log_ratios, strict=True):
-            if settings.importance is ImportanceLevel.sequence:
+            if settings.importance_level is ImportanceLevel.sequence:
                 log_ratio = sum(log_ratios, start=torch.tensor(0.0, dtype=torch.float64)) / len(log_ratios)
             rho = torch.exp(log_ratio)
             low, high = (rho.new_tensor(bound) for bound in (1 - settings.clip_low, 1 + settings.clip_high))
@@ -53,10 +53,10 @@ def literal_loss(inputs: LossInputs, settings: LossSettings, normaliser: float |
             losses.append(-objective)
         rows.append(losses)
     zero = inputs.logps_GT.sum() * 0
-    if settings.aggregation is Aggregation.sequence_mean:
+    if settings.loss_aggregation is Aggregation.sequence_mean:
         return sum((sum(row, start=zero) / len(row) for row in rows if row), start=zero) / (normaliser or num_rows)
     total = sum((sum(row, start=zero) for row in rows), start=zero)
-    if settings.aggregation is Aggregation.token_mean:
+    if settings.loss_aggregation is Aggregation.token_mean:
         return total / (normaliser or sum(len(row) for row in rows))
     return total / (normaliser or num_rows * settings.max_new_tokens)
 
@@ -107,7 +107,7 @@ def test_clipping_of_one_token(
     ratio: float, advantage: float, loss: float, is_clipped: bool, importance: ImportanceLevel
 ):
     inputs = one_token(math.log(ratio), advantage)
-    output = grpo_loss(inputs, LossSettings(kl_coef=0, importance=importance))
+    output = grpo_loss(inputs, LossSettings(kl_coef=0, importance_level=importance))
     (gradient,) = torch.autograd.grad(output.loss, inputs.logps_GT)
     assert output.loss.item() == pytest.approx(loss)
     assert output.metrics["loss/clip_fraction"] == is_clipped
@@ -143,7 +143,7 @@ def test_on_policy_loss_is_minus_the_advantage_and_its_gradient_is_policy_gradie
 )
 def test_kl_of_one_token(kl: KlEstimator, value: float, slope: float):
     inputs = one_token(0.0, 0.0, ref_logps_GT=torch.tensor([[-0.5]], dtype=torch.float64))
-    output = grpo_loss(inputs, LossSettings(kl_coef=3.0, kl=kl))
+    output = grpo_loss(inputs, LossSettings(kl_coef=3.0, kl_estimator=kl))
     (gradient,) = torch.autograd.grad(output.loss, inputs.logps_GT)
     assert output.metrics["loss/kl"].item() == pytest.approx(value)
     assert output.loss.item() == pytest.approx(3 * value)
@@ -173,7 +173,7 @@ def test_k3_is_accurate_for_tiny_gaps_in_single_precision():
 
 @pytest.mark.parametrize("aggregation", Aggregation)
 def test_groups_with_a_shared_normaliser_add_up(aggregation: Aggregation):
-    settings = LossSettings(aggregation=aggregation, max_new_tokens=9)
+    settings = LossSettings(loss_aggregation=aggregation, max_new_tokens=9)
     parts = [make_inputs(seed) for seed in (1, 2, 3)]
     whole = LossInputs(
         *(torch.cat([getattr(part, name) for part in parts]).detach() for name in LossInputs.__dataclass_fields__)
@@ -191,7 +191,7 @@ def test_groups_with_a_shared_normaliser_add_up(aggregation: Aggregation):
 @pytest.mark.parametrize("importance", ImportanceLevel)
 def test_nothing_counts_gives_zero_with_a_gradient(aggregation: Aggregation, importance: ImportanceLevel):
     inputs = replace(make_inputs(), mask_GT=torch.zeros(5, 6))
-    output = grpo_loss(inputs, LossSettings(aggregation=aggregation, importance=importance))
+    output = grpo_loss(inputs, LossSettings(loss_aggregation=aggregation, importance_level=importance))
     output.loss.backward()
     assert output.loss.item() == 0
     assert inputs.logps_GT.grad is not None and (inputs.logps_GT.grad == 0).all()
@@ -201,7 +201,7 @@ def test_nothing_counts_gives_zero_with_a_gradient(aggregation: Aggregation, imp
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("importance", ImportanceLevel)
 def test_padding_never_matters(garbage: float, importance: ImportanceLevel):
-    inputs, settings = make_inputs(), LossSettings(importance=importance)
+    inputs, settings = make_inputs(), LossSettings(importance_level=importance)
     clean = grpo_loss(inputs, settings)
     (clean_gradient,) = torch.autograd.grad(clean.loss, inputs.logps_GT)
     padding = ~inputs.mask_GT
@@ -226,7 +226,7 @@ def test_extreme_gaps_stay_finite(kl: KlEstimator, importance: ImportanceLevel, 
     logps = torch.full((2, 3), -1.0, requires_grad=True)
     far = torch.full((2, 3), -1.0 + gap)
     inputs = LossInputs(logps, far, far, torch.tensor([1.0, -1.0]), torch.ones(2, 3))
-    output = grpo_loss(inputs, LossSettings(kl=kl, importance=importance))
+    output = grpo_loss(inputs, LossSettings(kl=kl, importance_level=importance))
     output.loss.backward()
     assert torch.isfinite(output.loss) and logps.grad is not None and torch.isfinite(logps.grad).all()
 
@@ -257,7 +257,9 @@ def test_a_kl_penalty_needs_a_reference():
 
 
 def test_settings_come_from_the_config():
-    config = GrpoConfig(clip_high=0.28, kl_coef=0.0, kl=KlEstimator.k2, sampling=SamplingConfig(max_new_tokens=7))
-    expected = LossSettings(clip_high=0.28, kl_coef=0.0, kl=KlEstimator.k2, max_new_tokens=7)
+    config = GrpoConfig(
+        clip_high=0.28, kl_coef=0.0, kl_estimator=KlEstimator.k2, sampling=SamplingConfig(max_new_tokens=7)
+    )
+    expected = LossSettings(clip_high=0.28, kl_coef=0.0, kl_estimator=KlEstimator.k2, max_new_tokens=7)
     assert LossSettings.from_config(config) == expected
     assert LossSettings.from_config(GrpoConfig()) == LossSettings()

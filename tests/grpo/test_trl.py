@@ -61,7 +61,9 @@ def test_the_whole_step_agrees(engines):
 def test_variants_agree(engines, aggregation, importance, clip_high, kl_coef):
     bench, policy, trainer = engines
     group = unequal(bench.group(policy, P, C, G))
-    settings = LossSettings(0.2, clip_high, kl_coef, aggregation=aggregation, importance=importance, max_new_tokens=C)
+    settings = LossSettings(
+        0.2, clip_high, kl_coef, loss_aggregation=aggregation, importance_level=importance, max_new_tokens=C
+    )
     trainer.loss_type, trainer.importance_sampling_level = AGGREGATIONS[aggregation], importance.value
     trainer.epsilon_low, trainer.epsilon_high, trainer.beta = 0.2, clip_high, kl_coef
 

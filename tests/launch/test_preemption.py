@@ -132,8 +132,8 @@ def test_a_signal_in_grpo_saves_the_finished_steps(settings, run_command, tmp_pa
 def test_a_signal_in_any_stage_is_resumed_exactly(settings, run_command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [
-        *settings, "anchors.filter.min_reward=-100", "anchors.filter.min_anchors=0", "anchors.filter.min_ious=[]",
-        "sft.epochs=1", "stage.sequence=[grpo1,filter,sft,evaluate]", "evaluate.targets=[sft]", f"runs_dir={tmp_path}",
+        *settings, "filter.min_reward=-100", "filter.min_anchors=0", "filter.min_ious=[]",
+        "sft.epochs=1", "stage.sequence=[grpo1,filter,sft,evaluate]", "evaluate.policies=[sft]", f"runs_dir={tmp_path}",
     ]  # fmt: skip
     run_command(*command, "name=whole")
     for number, is_time in (

@@ -9,9 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from omegaconf.errors import OmegaConfBaseException
 from test_config import ROOT, composed, files
 
 from tartvg.config import Config, SettingError
+from tartvg.config.errors import explain
 from tartvg.launch.sweep_files import axes, cells, main, read_sweep, wandb_sweep
 from tartvg.launch.sweeps import Job, jobs_below, read_job, summary
 from tartvg.stages.folder import StageFolder, read_manifest
@@ -21,12 +23,10 @@ from tartvg.stages.shared import PLACE, code_identity, data_identity, identity, 
 
 
 def test_axes_and_cells_by_hand() -> None:
-    of = axes(
-        {"anchors": "one,two", "anchors.filter.min_ious": "[0.3,0.5],[0.5,0.7]", "seed": "0,1"}, ["seed=7", "x=2"]
-    )
+    of = axes({"anchors": "one,two", "filter.min_ious": "[0.3,0.5],[0.5,0.7]", "seed": "0,1"}, ["seed=7", "x=2"])
     assert of == {
         "anchors": ["one", "two"],
-        "anchors.filter.min_ious": ["[0.3,0.5]", "[0.5,0.7]"],
+        "filter.min_ious": ["[0.3,0.5]", "[0.5,0.7]"],
         "seed": ["7"],
         "x": ["2"],
     }
@@ -69,24 +69,29 @@ def test_the_command_prints_a_wandb_sweep_and_refuses_others(capsys: pytest.Capt
 
 def test_variants_of_the_stage_order_draw_the_same_number_of_rollouts() -> None:
     """Steps of grpo1, of drawing without learning and of grpo2, added up over what each variant runs."""
-    for policy in ("tiny", "qwen2_5_vl_3b"):
+    for policy in ("tiny", "qwen2_5_vl_3b", "qwen2_5_vl_7b"):
         steps = {}
         for name in ("grpo_only", "sft_grpo", "grpo_sft_grpo", "timezero"):
             config = composed(f"experiments=stage_order/{name}", f"policy={policy}")
             sequence = [s.value for s in config.stage.sequence]
             steps[name] = sum(config.grpo.steps_of(s) for s in ("rollouts", "grpo1", "grpo2") if s in sequence)
         grpo = composed(f"policy={policy}").grpo
-        assert set(steps.values()) == {grpo.max_steps + (grpo.grpo2_max_steps or grpo.max_steps)}
+        assert set(steps.values()) == {grpo.max_steps + (grpo.max_steps_grpo2 or grpo.max_steps)}
     assert composed("experiments=stage_order/timezero").anchors.prompt is composed().anchors.prompt
-    assert composed("experiments=stage_order/base").evaluate.targets == ["base"]
+    assert composed("experiments=stage_order/base").evaluate.policies == ["base"]
 
 
 def test_group_sizes_draw_the_same_number_of_completions() -> None:
     for size in (4, 8, 16):
         grpo = composed("sweeps=group_size", f"grpo.group_size={size}").grpo
         assert grpo.group_size * grpo.prompts_per_step == 64
-    with pytest.raises(SettingError, match=r"grpo\.rollouts_per_step"):
-        composed("grpo.rollouts_per_step=30")
+    with pytest.raises(OmegaConfBaseException) as caught:
+        composed("sweeps=group_size", "grpo.group_size=30")
+    assert explain(caught.value) == "grpo.prompts_per_step: 64 is not a multiple of 30"
+    with pytest.raises(OmegaConfBaseException) as caught:
+        composed("experiments=stage_order/grpo_only", "policy.name=mine")
+    assert explain(caught.value).startswith("grpo.max_steps: there is no number for mine among tiny, ")
+    assert composed("experiments=stage_order/grpo_only", "policy.name=mine", "grpo.max_steps=7").grpo.max_steps == 7
 
 
 # --- records of jobs

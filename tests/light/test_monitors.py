@@ -1,16 +1,15 @@
 """The monitors as pure functions: each bound from both sides, memory, and what an interruption leaves behind."""
 
-import dataclasses
 import json
 import math
 
 import pytest
 
-from tartvg.config import ControlsConfig, MonitorName, MonitorsConfig, SettingError, TrackingConfig, TrackingMode
+from tartvg.config import FaithfulnessConfig, MonitorName, MonitorsConfig, SettingError, TrackingConfig, TrackingMode
 from tartvg.monitors import MONITORS, Watch
 from tartvg.tracking import Tracker
 
-RULE = MonitorsConfig(window=2)
+WINDOW = 2
 HEALTHY = {
     "reward/format_mean": 0.6,
     "anchors/count_mean": 2.1,
@@ -30,8 +29,8 @@ def lines(*changes):
     return [{**HEALTHY, **change} for change in changes]
 
 
-def fired(rows, rule=RULE, target=2):
-    found = {name: monitor(rows, rule, target) for name, monitor in MONITORS.items()}
+def fired(rows, target=2):
+    found = {name: monitor(rows, WINDOW, target) for name, monitor in MONITORS.items()}
     return {name.value: finding for name, finding in found.items() if finding is not None}
 
 
@@ -86,11 +85,10 @@ def test_metrics_that_are_not_measured_at_every_step_keep_their_last_value():
     assert list(fired(rows)) == ["kl_blowup"]
 
 
-def test_the_bounds_follow_target_and_settings():
+def test_the_bound_on_anchors_follows_their_count():
     many = lines({"anchors/count_mean": 3.0}, {"anchors/count_mean": 3.0})
     assert list(fired(many)) == ["reward_hacking"]
     assert fired(many, target=3) == {}
-    assert fired(many, dataclasses.replace(RULE, surplus_anchors=1.5)) == {}
 
 
 def test_format_collapse_needs_something_to_lose():
@@ -121,7 +119,7 @@ def test_entropy_has_a_floor_of_its_own():
 
 
 def test_an_alarm_rings_once_and_again_after_it_was_over():
-    watch = Watch(dataclasses.replace(RULE, window=1), 2)
+    watch = Watch(MonitorsConfig(), 2, window=1)
     rates = [0.0, 0.9, 0.9, 0.1, 0.8]
     rung = [
         len(watch.see(line, step)) for step, line in enumerate(lines(*({"rollout/truncated_rate": r} for r in rates)))
@@ -130,8 +128,8 @@ def test_an_alarm_rings_once_and_again_after_it_was_over():
 
 
 def test_only_what_is_watched_rings_and_only_what_is_told_to_stop_stops():
-    rule = MonitorsConfig(window=1, watch=[MonitorName.truncation, MonitorName.kl_blowup], stop=[MonitorName.kl_blowup])
-    watch = Watch(rule, 2)
+    rule = MonitorsConfig(watch=[MonitorName.truncation, MonitorName.kl_blowup], stop=[MonitorName.kl_blowup])
+    watch = Watch(rule, 2, window=1)
     bad = {"rollout/truncated_rate": 1.0, "rollout/kl": 2.0, "optim/grad_norm": math.nan}
     alarms = watch.see(lines(bad)[0], 7)
     assert [a.monitor for a in alarms] == ["truncation", "kl_blowup"]
@@ -139,16 +137,13 @@ def test_only_what_is_watched_rings_and_only_what_is_told_to_stop_stops():
     assert alarms[1].text.startswith("step 7: ") and "rollout/kl is 2, the bound is 0.5" in alarms[1].text
 
 
-@pytest.mark.parametrize(
-    "change", [{"window": 0}, {"format_share": 1.1}, {"kl_max": 0}, {"kl_every": -1}, {"surplus_anchors": -1}]
-)
-def test_settings_out_of_range_are_refused_by_name(change):
-    with pytest.raises(SettingError, match=f"monitors.{next(iter(change))}"):
-        MonitorsConfig(**change)
+def test_settings_out_of_range_are_refused_by_name():
+    with pytest.raises(SettingError, match=r"monitors\.kl_every must be >= 0, got -1"):
+        MonitorsConfig(kl_every=-1)
     with pytest.raises(SettingError, match=r"monitors\.stop"):
         MonitorsConfig(watch=[], stop=[MonitorName.non_finite])
-    with pytest.raises(SettingError, match=r"controls\.limit"):
-        ControlsConfig(limit=0)
+    with pytest.raises(SettingError, match=r"faithfulness\.num_queries"):
+        FaithfulnessConfig(num_queries=0)
 
 
 def test_alarms_are_shown_in_a_table(tmp_path):
@@ -170,7 +165,7 @@ def course(step):
 
 def train(folder, steps, resume_step=0):
     """What StepModule does with a tracker and a watch."""
-    watch = Watch(RULE, 2)
+    watch = Watch(MonitorsConfig(), 2, WINDOW)
     with Tracker(folder, TrackingConfig(mode=TrackingMode.off), "r", "grpo1", {}, 0, resume_step) as tracker:
         watch.replay(tracker.history())
         for step in steps:

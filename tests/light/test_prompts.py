@@ -62,7 +62,7 @@ def test_timezero_is_verbatim():
     ],
 )
 def test_tar_asks_for_the_target_number(target: int, words: str):
-    text = build_prompt(sample("the dog runs."), AnchorsConfig(target=target, max=target + 1)).text
+    text = build_prompt(sample("the dog runs."), AnchorsConfig(count=target, max_count=target + 1)).text
     assert words in text
     assert '"the dog runs"' in text
     assert ("more precise than the one before" in text) == (target > 1)

@@ -44,7 +44,7 @@ def tiny_of(name, folder):
 def settings_of(folder):
     from tartvg.config import PolicyConfig
 
-    return PolicyConfig(name="t", path=str(folder), feature_cache_mb=0, logit_chunk=256)
+    return PolicyConfig(name="t", path=str(folder), feature_cache_gib=0, logit_chunk=256)
 
 
 def resident(name="VmRSS"):
@@ -201,7 +201,7 @@ def test_a_plan_that_cannot_fit_is_refused_with_what_would(config):
 
     least = estimate(config).least
     assert check(config, least).least == least < estimate(config).peak
-    with pytest.raises(SettingError, match=r"(?s)peak .*more than the .*trainer.memory_gb.*each alone: ") as e:
+    with pytest.raises(SettingError, match=r"(?s)peak .*more than the .*trainer.memory_gib.*each alone: ") as e:
         check(config, least - 1)
     label = str(e.value).partition("each alone: ")[2].split("; ")[0]
     name, value = label.split("=")
@@ -215,8 +215,8 @@ def test_a_plan_that_cannot_fit_is_refused_with_what_would(config):
 @pytest.mark.slow
 def test_the_stage_refuses_before_it_loads_anything(small, run_command, tmp_path):
     for stage in ("memory", "grpo1"):
-        result = run_command(*small, f"stage={stage}", "trainer.memory_gb=0.001", f"runs_dir={tmp_path}", check=False)
-        assert result.returncode == 2 and "trainer.memory_gb" in result.stderr and "Traceback" not in result.stderr
+        result = run_command(*small, f"stage={stage}", "trainer.memory_gib=0.001", f"runs_dir={tmp_path}", check=False)
+        assert result.returncode == 2 and "trainer.memory_gib" in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.rglob("metrics.jsonl"))
     assert "GiB per GPU at the peak" in run_command(*small, "stage=memory", f"runs_dir={tmp_path}").stdout
 

@@ -130,7 +130,7 @@ def test_rows_per_pass_bounds_every_pass(tmp_path, rows_per_pass, sizes):
 
 @pytest.mark.parametrize("aggregation", list(Aggregation))
 def test_a_group_in_parts_has_the_same_gradient(policy, prompts, tmp_path, aggregation):
-    module = make_grpo(policy, tmp_path, RUBRIC, dataclasses.replace(GRPO, aggregation=aggregation))
+    module = make_grpo(policy, tmp_path, RUBRIC, dataclasses.replace(GRPO, loss_aggregation=aggregation))
     prepared = policy.prepare(prompts[0])
     completions = [Completion("x", tuple(range(20, 20 + n)), (-3.0,) * n, True) for n in (5, 2, 7, 3, 4)]
     tokens = token_batch(completions, policy.device)

@@ -31,7 +31,7 @@ def test_it_is_a_qwen_with_qwens_special_tokens():
 def test_it_can_do_better_than_it_does(run_command, tmp_path):
     """15 to 35 % of its samples are valid, and its best of eight is far better than its habit."""
     run_command(
-        "stage=evaluate", "evaluate.targets=[base]", "evaluate.num_samples=8", f"runs_dir={tmp_path}", "name=r",
+        "stage=evaluate", "evaluate.policies=[base]", "evaluate.num_samples=8", f"runs_dir={tmp_path}", "name=r",
         "tracking.mode=off", "trainer.progress_bar=false", "trainer.num_threads=1",
         f"dataset.root={tmp_path}/data", "dataset.planted.num_train=1", "dataset.planted.num_val=1",
     )  # fmt: skip

@@ -34,11 +34,11 @@ def same(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_put_is_what_comes_back(tmp_path, dtype):
-    cache = DiskCache(tmp_path / "new" / "folder", 1, "tower")
+    cache = DiskCache(tmp_path / "new" / "folder", 1 / 1024, "tower")
     assert cache.get("a") is None
     cache.put("a", features(3, dtype=dtype))
-    assert same(DiskCache(cache.folder, 1, "tower").get("a"), features(3, dtype=dtype))
-    assert cache.get("b") is None and DiskCache(cache.folder, 1, "another tower").get("a") is None
+    assert same(DiskCache(cache.folder, 1 / 1024, "tower").get("a"), features(3, dtype=dtype))
+    assert cache.get("b") is None and DiskCache(cache.folder, 1 / 1024, "another tower").get("a") is None
     assert [p.suffix for p in cache.folder.iterdir()] == [".safetensors"]
 
 
@@ -60,7 +60,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_entry_is_dropped_and_written_again(tmp_path, case, capsys):
-    cache = DiskCache(tmp_path, 1, "tower")
+    cache = DiskCache(tmp_path, 1 / 1024, "tower")
     cache.put("a", features())
     path = cache.path_of("a")
     spoilt = DAMAGE[case](path.read_bytes())
@@ -73,14 +73,14 @@ def test_a_damaged_entry_is_dropped_and_written_again(tmp_path, case, capsys):
 
 
 def test_an_entry_under_anothers_name_is_not_believed(tmp_path):
-    cache = DiskCache(tmp_path, 1, "tower")
+    cache = DiskCache(tmp_path, 1 / 1024, "tower")
     cache.put("a", features(1))
     cache.path_of("a").rename(cache.path_of("b"))
     assert cache.get("b") is None
 
 
 def test_the_least_recently_used_entries_go_first(tmp_path):
-    cache = DiskCache(tmp_path, 1, "tower")
+    cache = DiskCache(tmp_path, 1 / 1024, "tower")
     size = 700  # tokens of 512 bytes: three entries exceed 1 MiB
     for age, key in ((40, "a"), (30, "b")):
         cache.put(key, features(tokens=size))
@@ -95,7 +95,7 @@ def test_the_least_recently_used_entries_go_first(tmp_path):
 
 def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    cache = DiskCache(tmp_path / "file" / "below", 1, "tower")
+    cache = DiskCache(tmp_path / "file" / "below", 1 / 1024, "tower")
     cache.put("a", features())
     cache.put("b", features())
     assert cache.get("a") is None
@@ -107,7 +107,7 @@ HAMMER = """
     from pathlib import Path
     from tests.policy.test_feature_cache import features, same
     from tartvg.policy.disk_cache import DiskCache
-    cache, found = DiskCache(Path(sys.argv[1]), 1, "tower"), 0
+    cache, found = DiskCache(Path(sys.argv[1]), 1 / 1024, "tower"), 0
     print("ready", flush=True)
     sys.stdin.readline()
     for turn in range(150):
@@ -150,7 +150,7 @@ KILLED = """
     from tartvg.policy.disk_cache import DiskCache
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process when it writes past the limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    DiskCache(Path(sys.argv[1]), 1, "tower").put("a", features(tokens=700))
+    DiskCache(Path(sys.argv[1]), 1 / 1024, "tower").put("a", features(tokens=700))
 """
 
 
@@ -160,7 +160,7 @@ def test_a_process_killed_in_the_middle_of_a_write_leaves_no_entry(tmp_path):
     assert process.returncode == -signal.SIGXFSZ, error
     [half] = tmp_path.iterdir()
     assert half.stat().st_size == 100_000
-    cache = DiskCache(tmp_path, 1, "tower")
+    cache = DiskCache(tmp_path, 1 / 1024, "tower")
     assert cache.get("a") is None
     cache.put("a", features(tokens=700))
     assert same(cache.get("a"), features(tokens=700)) and half.exists()
@@ -204,7 +204,7 @@ def test_a_second_run_never_calls_the_tower(make, video):
     second, calls = make()
     assert same(second.prepare(prompt(video)).video, expected)
     assert second.timer.seconds["decode"] == 0 and not calls
-    third, calls = make(feature_cache_mb=0)  # RAM off: the disk serves every time
+    third, calls = make(feature_cache_gib=0)  # RAM off: the disk serves every time
     assert [same(third.prepare(prompt(video, t)).video, expected) for t in ("x", "y")] == [True, True] and not calls
 
 

@@ -17,7 +17,7 @@ from tartvg.types import GroundingSample, Prompt, Span
 WAYS = {
     "naive": dict(shared_prefix=False),
     "shared": dict(),
-    "memory-saving": dict(memory_saving=True),
+    "memory-saving": dict(activation_checkpointing=True),
 }
 
 
@@ -83,7 +83,7 @@ def step(settings, adapter, prompts, rollouts, way):
         logps = policy.logps(item, batch, 0.9)
         advantages = torch.tensor([1.0, -0.5, -1.5, 1.0])
         inputs = LossInputs(logps, batch.logps, reference, advantages, batch.mask)
-        grpo_loss(inputs, LossSettings(kl_coef=0.5, kl=KlEstimator.k3)).loss.backward()
+        grpo_loss(inputs, LossSettings(kl_coef=0.5, kl_estimator=KlEstimator.k3)).loss.backward()
         found += [logps.detach().flatten(), reference.flatten()]
     grads = torch.cat([p.grad.flatten() for p in policy.model.parameters() if p.requires_grad])
     return torch.cat(found), grads
@@ -109,7 +109,7 @@ def test_completions_of_one_and_two_tokens(settings, adapter, prompts, rollouts,
 
 
 def test_completions_do_not_see_one_another(settings, prompts, rollouts):
-    policy = Policy(dataclasses.replace(settings, memory_saving=True), seed=1)
+    policy = Policy(dataclasses.replace(settings, activation_checkpointing=True), seed=1)
     move(policy, 0.05)
     item = policy.prepare(prompts[0])
     together = policy.logps(item, token_batch(rollouts[0], policy.device))
@@ -121,12 +121,12 @@ def test_completions_do_not_see_one_another(settings, prompts, rollouts):
 def test_the_first_update_of_a_process_may_be_a_memory_saving_one(settings, prompts, rollouts):
     """Nothing that is asked once per process may be asked inside a layer that runs again in the backward pass."""
     is_exact.cache_clear()
-    policy = Policy(dataclasses.replace(settings, memory_saving=True), seed=1)
+    policy = Policy(dataclasses.replace(settings, activation_checkpointing=True), seed=1)
     policy.logps(policy.prepare(prompts[0]), token_batch(rollouts[0], policy.device)).sum().backward()
 
 
 def test_the_attention_implementation_is_restored(settings, prompts, rollouts):
-    policy = Policy(dataclasses.replace(settings, memory_saving=True), seed=1)
+    policy = Policy(dataclasses.replace(settings, activation_checkpointing=True), seed=1)
     policy.logps(policy.prepare(prompts[0]), token_batch(rollouts[0], policy.device)).sum().backward()
     assert policy.language_model.config._attn_implementation == "sdpa"
 
@@ -153,7 +153,7 @@ def test_backward_keeps_only_the_layers_inputs(settings, prompts, rollouts):
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    with pytest.raises(SettingError, match=r"policy\.memory_saving"):
-        PolicyConfig(name="t", path="p", shared_prefix=False, memory_saving=True)
+    with pytest.raises(SettingError, match=r"policy\.activation_checkpointing"):
+        PolicyConfig(name="t", path="p", shared_prefix=False, activation_checkpointing=True)
     with pytest.raises(SettingError, match=r"policy\.attention"):
         PolicyConfig(name="t", path="p", attention="eager")

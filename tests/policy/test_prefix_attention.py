@@ -77,7 +77,7 @@ def test_kernels_are_used_where_they_agree_only(monkeypatch):
 @pytest.mark.parametrize("is_saving", [False, True])
 def test_without_the_kernels_the_numbers_are_the_same(policy, prompts, monkeypatch, is_saving):
     """The way over copies, for devices where no kernel can be trusted."""
-    policy.settings = dataclasses.replace(policy.settings, memory_saving=is_saving)
+    policy.settings = dataclasses.replace(policy.settings, activation_checkpointing=is_saving)
     item = policy.prepare(prompts[0])
     batch = token_batch(policy.sample([item], 3, SamplingConfig(max_new_tokens=9), [1])[0], policy.device)
     found = []

@@ -85,7 +85,7 @@ def test_one_call_per_video_and_none_in_the_second_epoch(untrained_base, tmp_pat
 
 
 def test_without_a_cache_a_step_still_encodes_each_query_once(untrained_base, tmp_path, prompts):
-    after = train(untrained_base, tmp_path, prompts, GRPO, feature_cache_mb=0)
+    after = train(untrained_base, tmp_path, prompts, GRPO, feature_cache_gib=0)
     assert after == [2, 4, 6, 8, 10, 12]
 
 

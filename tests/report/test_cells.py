@@ -11,8 +11,7 @@ import pytest
 from test_compare import SETTINGS, Samples, sweep
 from test_report import make_run
 
-from tartvg.config import Config, DatasetConfig, DatasetName, SettingError
-from tartvg.config.method import target_label
+from tartvg.config import Config, DatasetConfig, DatasetName, SettingError, policy_label
 from tartvg.launch.sweep_files import axes, cells, read_sweep
 from tartvg.launch.sweeps import Job
 from tartvg.records import dumps, write_atomic, write_jsonl
@@ -100,7 +99,7 @@ def test_the_runs_own_commands_say_what_is_to_be_scored(tmp_path: Path) -> None:
     assert plan("evaluate/base", "{name: evaluate}", "[base, grpo1]") == ["base", "grpo1"]
     assert plan("evaluate/x", "{name: evaluate}", "[runs/x/adapter, sft]") == ["base", "grpo1", "sft", "x"]
     assert plan("evaluate/x.old1", "{name: evaluate}", "[grpo2]") == ["base", "grpo1", "sft", "x"], "moved aside"
-    assert [target_label(t) for t in ("grpo2", "runs/y/sft/adapter")] == ["grpo2", "sft"]
+    assert [policy_label(t) for t in ("grpo2", "runs/y/sft/adapter")] == ["grpo2", "sft"]
 
 
 def test_results_that_were_moved_aside_are_no_policies(cells_of_two: Path) -> None:

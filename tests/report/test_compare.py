@@ -271,7 +271,7 @@ def test_extremes_are_the_most_changed_and_the_ends() -> None:
 
 def test_rewards_in_the_gallery_are_the_runs_own(sweep: tuple[Path, Samples]) -> None:
     rubric = rubric_of(read_run(sweep[0] / "anchors=two,seed=0"))
-    assert rubric is not None and (rubric.anchors.max, rubric.reward.beta) == (3, 5.0)
+    assert rubric is not None and (rubric.anchors.max_count, rubric.reward.beta) == (3, 5.0)
 
 
 def test_latex_and_csv_of_awkward_text() -> None:

@@ -30,7 +30,7 @@ def completion(*anchors: Span, answer: Span | None = None) -> str:
 
 
 def judge(text: str, reward: RewardConfig | None = None, *, target: int = 2, cap: int = 3) -> RewardBreakdown:
-    rubric = Rubric(reward or RewardConfig(), AnchorsConfig(target=target, max=cap))
+    rubric = Rubric(reward or RewardConfig(), AnchorsConfig(count=target, max_count=cap))
     return rubric.score(parse_response(text), sample())
 
 

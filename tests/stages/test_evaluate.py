@@ -118,7 +118,7 @@ def results(folder: Path) -> dict[str, object]:
 
 @pytest.mark.slow
 def test_shards_and_a_kill_change_nothing(small, untrained_base, run_command, tmp_path: Path) -> None:
-    command = [*small, "stage=evaluate", f"policy.path={untrained_base}", "evaluate.targets=[base]",
+    command = [*small, "stage=evaluate", f"policy.path={untrained_base}", "evaluate.policies=[base]",
                "evaluate.batch_size=1", "grpo.sampling.max_new_tokens=12", f"runs_dir={tmp_path}"]  # fmt: skip
 
     def folder(name: str) -> Path:
@@ -147,7 +147,7 @@ def test_shards_and_a_kill_change_nothing(small, untrained_base, run_command, tm
 
 @pytest.mark.slow
 def test_what_fails_after_the_predictions_costs_no_predictions(small, untrained_base, run_command, tmp_path) -> None:
-    command = [*small, "stage=evaluate", f"policy.path={untrained_base}", "evaluate.targets=[base]", "name=r",
+    command = [*small, "stage=evaluate", f"policy.path={untrained_base}", "evaluate.policies=[base]", "name=r",
                "grpo.sampling.max_new_tokens=8", f"runs_dir={tmp_path}", "evaluate.num_shards=2"]  # fmt: skip
     folder = tmp_path / "r/evaluate/base"
     run_command(*command, "evaluate.shard=1")
@@ -168,7 +168,7 @@ def test_a_split_without_labels_says_that_nothing_was_scored(untrained_base, run
     (tmp_path / "highlight_test_release.jsonl").write_text(json.dumps(row))
     shown = run_command(
         "stage=evaluate", "dataset=qvhighlights", f"dataset.root={tmp_path}", f"policy.path={untrained_base}",
-        "evaluate.targets=[base]", "evaluate.num_samples=0", "grpo.sampling.max_new_tokens=8", "controls.kinds=[]",
+        "evaluate.policies=[base]", "evaluate.num_samples=0", "grpo.sampling.max_new_tokens=8", "faithfulness.kinds=[]",
         "tracking.mode=off", "trainer.num_threads=1", "trainer.progress_bar=false", f"runs_dir={tmp_path}", "name=r",
     ).stdout  # fmt: skip
     assert "nothing was scored, because dataset=qvhighlights, split test, has no labels" in shown.splitlines()[-1]
@@ -187,8 +187,8 @@ def test_qvhighlights_gets_its_own_scores(untrained_base, run_command, tmp_path:
     annotations.write_text(json.dumps(row))
     run_command(
         "stage=evaluate", "dataset=qvhighlights", f"dataset.root={tmp_path}", f"policy.path={untrained_base}",
-        "evaluate.split=val", "evaluate.targets=[base]", "evaluate.num_samples=2", "grpo.sampling.max_new_tokens=64",
-        "controls.kinds=[]", "tracking.mode=off", "trainer.num_threads=1", "trainer.progress_bar=false",
+        "evaluate.split=val", "evaluate.policies=[base]", "evaluate.num_samples=2", "grpo.sampling.max_new_tokens=64",
+        "faithfulness.kinds=[]", "tracking.mode=off", "trainer.num_threads=1", "trainer.progress_bar=false",
         f"runs_dir={tmp_path}", "name=r",
     )  # fmt: skip
     folder = tmp_path / "r/evaluate/base"
@@ -218,7 +218,7 @@ def test_a_video_that_cannot_be_decoded_counts_as_missing(untrained_base, run_co
     command = ["dataset=jsonl", f"dataset.root={data}", f"policy.path={untrained_base}", f"runs_dir={tmp_path}",
                "name=r", "grpo.sampling.max_new_tokens=8", "tracking.mode=off", "trainer.num_threads=1",
                "trainer.progress_bar=false"]  # fmt: skip
-    shown = run_command(*command, "stage=evaluate", "evaluate.targets=[base]", "evaluate.num_samples=0").stdout
+    shown = run_command(*command, "stage=evaluate", "evaluate.policies=[base]", "evaluate.num_samples=0").stdout
     assert shown.count("counts as missing") == 2 and "bad.mp4" in shown
     card = json.loads((tmp_path / "r/evaluate/base/scores.json").read_text())
     assert (card["num_queries"], card["num_missing"]) == (4, 2)
@@ -230,7 +230,7 @@ def test_a_video_that_cannot_be_decoded_counts_as_missing(untrained_base, run_co
     (entry,) = rows(tmp_path / "r/quarantine.jsonl")
     assert entry["video"].endswith("bad.mp4") and "bad.mp4" in entry["reason"]
     (data / "videos" / "bad.mp4").write_bytes(good.read_bytes())
-    shown = run_command(*command, "stage=evaluate", "evaluate.targets=[base]", "evaluate.num_samples=0").stdout
+    shown = run_command(*command, "stage=evaluate", "evaluate.policies=[base]", "evaluate.num_samples=0").stdout
     assert "its settings or inputs changed" in shown
     assert json.loads((tmp_path / "r/evaluate/base/scores.json").read_text())["num_missing"] == 0
 
@@ -238,7 +238,7 @@ def test_a_video_that_cannot_be_decoded_counts_as_missing(untrained_base, run_co
 @pytest.mark.slow
 def test_the_jobs_of_the_parallel_launcher_evaluate(small, untrained_base, run_command, tmp_path: Path) -> None:
     """Its processes have a parent of their own kind, and evaluation asks after parents."""
-    command = [*small, "stage=evaluate", f"policy.path={untrained_base}", "evaluate.targets=[base]",
+    command = [*small, "stage=evaluate", f"policy.path={untrained_base}", "evaluate.policies=[base]",
                "grpo.sampling.max_new_tokens=8", f"runs_dir={tmp_path}", "name=p"]  # fmt: skip
     run_command("-m", "hydra/launcher=parallel", *command, "evaluate.num_samples=0,1")
     scores = list((tmp_path / "p").glob("*/evaluate/base/scores.json"))

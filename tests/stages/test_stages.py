@@ -10,7 +10,7 @@ import pytest
 from conftest import start_command
 from interruptions import kill_when, num_lines, results, rows
 
-OPEN_FILTER = ["anchors.filter.min_reward=-100", "anchors.filter.min_anchors=0", "anchors.filter.min_ious=[]"]
+OPEN_FILTER = ["filter.min_reward=-100", "filter.min_anchors=0", "filter.min_ious=[]"]
 TRAINED = ("grpo1", "filter", "sft", "grpo2", "evaluate/base", "evaluate/grpo1", "evaluate/sft", "evaluate/grpo2")
 
 

@@ -28,8 +28,9 @@ def run(small, untrained_base, run_command, tmp_path_factory) -> Path:
     run_command(
         *small, "tracking.mode=offline", "stage.sequence=[grpo1,filter,sft,grpo2,evaluate]", "grpo.max_steps=1",
         "grpo.prompts_per_step=1", "grpo.group_size=2", "grpo.sampling.max_new_tokens=8", "sft.epochs=1",
-        "evaluate.targets=[base,grpo2]", "evaluate.limit=4", "evaluate.num_samples=0", "controls.limit=4",
-        "anchors.filter.min_reward=-100", "anchors.filter.min_anchors=0", "anchors.filter.min_ious=[]",
+        "evaluate.policies=[base,grpo2]", "evaluate.num_queries=4", "evaluate.num_samples=0",
+        "faithfulness.num_queries=4",
+        "filter.min_reward=-100", "filter.min_anchors=0", "filter.min_ious=[]",
         f"policy.path={untrained_base}", f"runs_dir={folder}", "name=r",
         is_real=True,  # forked, W&B's own process would be left before it has written everything
     )  # fmt: skip

@@ -129,7 +129,7 @@ LOADING = """
 import os, sys
 from pathlib import Path
 import deepspeed, pytorch_lightning, torch
-from tartvg.config import LoraConfig, PolicyConfig, Precision, Strategy, TrainerConfig
+from tartvg.config import LoraConfig, PolicyConfig, Precision, Strategy, TrainerConfig, Zero3Config
 from tartvg.policy.policy import Policy
 from tartvg.training import distributed
 from tartvg.training.trainer import make_trainer
@@ -158,7 +158,7 @@ def watch(self, weight):
     seen.append(private())
 
 deepspeed.zero.Init._zero_init_param = watch
-settings = TrainerConfig("cpu", 2, strategy=Strategy.zero3, progress_bar=False, persist_below=5000)
+settings = TrainerConfig("cpu", 2, strategy=Strategy.zero3, progress_bar=False, zero3=Zero3Config(5000))
 torch.set_num_threads(1)
 distributed.init(settings)
 before = private()
@@ -191,7 +191,8 @@ def test_no_process_copies_the_whole_base(tmp_path, monkeypatch):
 
 
 def test_a_memory_saving_update_with_every_weight_split(shared, alone, run_command, tmp_path):
-    more = ["policy.memory_saving=true", "trainer.persist_below=0", "stage=grpo1", f"runs_dir={tmp_path}", "name=r"]
+    more = ["policy.activation_checkpointing=true", "trainer.zero3.param_persistence_threshold=0",
+            "stage=grpo1", f"runs_dir={tmp_path}", "name=r"]  # fmt: skip
     run_command(*trainer("zero3", shared), *more)
     assert_same_training("zero3", alone, tmp_path / "r")
 

@@ -71,7 +71,7 @@ def test_memory_that_one_process_lacks(strategy, limit, where, shared, run_comma
     script = tmp_path / "cramped.py"
     script.write_text(CRAMPED)
     steps, group, prompts = 2, 4, 4
-    more = ["grpo.prompts_at_once=2", "stage=grpo1", "grpo.kl_coef=0", f"grpo.max_steps={steps}", "grpo.lr=3e-5",
+    more = ["grpo.sampling_batch_size=2", "stage=grpo1", "grpo.kl_coef=0", f"grpo.max_steps={steps}", "grpo.lr=3e-5",
             f"grpo.group_size={group}", f"grpo.prompts_per_step={prompts}", "monitors.kl_every=0",
             f"runs_dir={tmp_path}"]  # fmt: skip
     command = [sys.executable, str(script), *trainer(strategy, shared), *more, "name=r"]
@@ -104,7 +104,7 @@ def test_memory_that_is_short_under_zero3_ends_the_run_with_the_setting_that_nee
     monkeypatch.setenv("WHERE", where)
     script = tmp_path / "cramped.py"
     script.write_text(CRAMPED)
-    more = ["grpo.prompts_at_once=1", "stage=grpo1", "grpo.kl_coef=0", "grpo.max_steps=1", "monitors.kl_every=0",
+    more = ["grpo.sampling_batch_size=1", "stage=grpo1", "grpo.kl_coef=0", "grpo.max_steps=1", "monitors.kl_every=0",
             "grpo.prompts_per_step=2", f"runs_dir={tmp_path}", "name=r"]  # fmt: skip
     command = [sys.executable, str(script), *trainer("zero3", shared), *more]
     assert run_processes(2, command) == 2

@@ -136,7 +136,7 @@ WAITING = """
 import sys, time
 from tartvg.config import Strategy, TrainerConfig
 from tartvg.training import distributed
-distributed.init(TrainerConfig(devices=2, strategy=Strategy.ddp, timeout_min=0.05))
+distributed.init(TrainerConfig(devices=2, strategy=Strategy.ddp, timeout_minutes=0.05))
 me = distributed.rank()
 assert distributed.on_rank_zero(lambda: time.sleep(4) or 4) == 4, "the leader's work may take longer"
 with distributed.rank_zero_first():
@@ -232,7 +232,7 @@ def is_alive(pid):
 
 
 def test_clipping_is_deepspeeds_own():
-    config = make_zero3_strategy(TrainerConfig(strategy=Strategy.zero3_offload, persist_below=0), 0.7).config
+    config = make_zero3_strategy(TrainerConfig(strategy=Strategy.zero3_offload, zero3=Zero3Config(0)), 0.7).config
     assert config["gradient_clipping"] == 0.7
     zero = config["zero_optimization"]
     assert (zero["stage"], zero["stage3_param_persistence_threshold"]) == (3, 0)
@@ -249,7 +249,7 @@ def policy(untrained_base):
 
 @pytest.mark.parametrize("is_saving", [False, True])
 def test_an_idle_pass_reaches_every_weight_and_changes_none(policy, monkeypatch, is_saving):
-    monkeypatch.setattr(policy.settings, "memory_saving", is_saving)
+    monkeypatch.setattr(policy.settings, "activation_checkpointing", is_saving)
     policy.zero_grad()
     with policy.lockstep(4):
         loss = policy.empty_pass()
@@ -265,7 +265,7 @@ def test_surplus_calls_of_the_head_change_nothing(policy, monkeypatch, is_saving
     from tartvg.policy.inputs import PromptInputs
     from tartvg.policy.policy import PreparedPrompt
 
-    monkeypatch.setattr(policy.settings, "memory_saving", is_saving)
+    monkeypatch.setattr(policy.settings, "activation_checkpointing", is_saving)
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     inputs = PromptInputs(ids[0], torch.arange(4).expand(3, -1), ids[0] < 0)
     video = VideoFeatures(torch.zeros(0, policy.language_model.config.hidden_size), (0, 0, 0), 0.0, 0.0)

@@ -121,7 +121,7 @@ def test_a_step_whose_videos_are_all_broken_is_left_out(policy, prompts, tmp_pat
 def test_many_such_steps_stop_the_stage(policy, prompts, tmp_path):
     module = make_grpo(policy, tmp_path, RUBRIC, dataclasses.replace(GRPO, max_steps=9))
     module.faults.max_skipped = 3
-    with pytest.raises(SettingError, match=r"3 steps in a row .*no video of theirs can be decoded.*stage=validate"):
+    with pytest.raises(SettingError, match=r"3 steps in a row .*no video of theirs can be decoded.*stage=check_data"):
         fit(module, tmp_path, [broken(prompt, tmp_path) for prompt in prompts], 9)
     assert [row["progress/step"] for row in lines(tmp_path / "metrics.jsonl")] == [0, 1]
 

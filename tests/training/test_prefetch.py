@@ -155,8 +155,8 @@ def test_what_the_policy_knows_is_not_decoded_again(policy, prompts):
 def test_results_do_not_depend_on_the_number_of_decoders(small, run_command, tmp_path):
     command = [
         *small, "stage.sequence=[grpo1,filter,sft,rollouts,evaluate]", "grpo.max_steps=2", "sft.epochs=1",
-        "selection.every=1", "evaluate.targets=[sft]", "anchors.filter.min_reward=-100", "anchors.filter.min_anchors=0",
-        "anchors.filter.min_ious=[]", f"runs_dir={tmp_path}", "stage=pipeline",
+        "validation.every=1", "evaluate.policies=[sft]", "filter.min_reward=-100", "filter.min_anchors=0",
+        "filter.min_ious=[]", f"runs_dir={tmp_path}", "stage=pipeline",
     ]  # fmt: skip
     for workers in (0, 3):
         run_command(*command, f"trainer.num_workers={workers}", f"name=w{workers}")

@@ -7,11 +7,13 @@ import pytest
 from conftest import start_command
 from interruptions import kill_when, num_lines, rows
 
-from tartvg.config import SamplingConfig, SelectionConfig, SettingError
+from tartvg.config import SamplingConfig, SettingError, ValidationConfig
 from tartvg.policy.loading import ADAPTER_FILE
-from tartvg.training.validation import BEST, ROWS, Questions, Selection
+from tartvg.training.validation import BEST, ROWS, Questions, Validation
 
-ASKED = ["selection.every=2", "selection.num_queries=3", "selection.keep=best", "grpo.max_steps=5", "grpo.lr=1e-3"]
+ASKED = [
+    "validation.every=2", "validation.num_queries=3", "validation.keep_best=true", "grpo.max_steps=5", "grpo.lr=1e-3",
+]  # fmt: skip
 """Measured after steps 2, 4 and 5; three queries, so that the two processes of a test have unequal shares."""
 
 
@@ -19,9 +21,9 @@ def row(step, miou):
     return {"step": step, "miou": miou, "num_unparsed": 0, "num_missing": 0}
 
 
-def selection(folder, keep="best", max_steps=9):
-    settings = SelectionConfig(every=2, keep=keep)
-    return Selection(Questions(settings, [], SamplingConfig(), 4), folder, max_steps)
+def validation(folder, keep_best=True, max_steps=9):
+    settings = ValidationConfig(every=2, keep_best=keep_best)
+    return Validation(Questions(settings, [], SamplingConfig(), 4), folder, max_steps)
 
 
 def saved(folder, step):
@@ -30,28 +32,28 @@ def saved(folder, step):
 
 
 def test_when_a_policy_is_measured(tmp_path):
-    found = selection(tmp_path)
+    found = validation(tmp_path)
     assert [step for step in range(10) if found.is_due(step)] == [2, 4, 6, 8, 9]
 
 
 def test_the_earliest_of_the_best_is_kept(tmp_path):
-    found = selection(tmp_path)
+    found = validation(tmp_path)
     for step, miou in ((2, 0.0), (4, 0.5), (6, 0.5), (8, 0.4)):
         found.keep(row(step, miou), lambda folder, step=step: saved(folder, step))
     assert (found.chosen() / "weights").read_text() == "4"
     assert json.loads((tmp_path / BEST / "best.json").read_text())["step"] == 4
     assert [r["step"] for r in rows(tmp_path / ROWS)] == [2, 4, 6, 8]
-    again = selection(tmp_path)
+    again = validation(tmp_path)
     assert again.rows == found.rows and again.known(8)["eval/val/miou"] == 0.4
-    assert selection(tmp_path, keep="last").chosen() is None
+    assert validation(tmp_path, keep_best=False).chosen() is None
 
 
 def test_an_adapter_without_its_row_is_saved_again(tmp_path):
     """A kill between the two: the row is missing, so the step is measured again."""
-    selection(tmp_path).keep(row(2, 0.3), lambda folder: saved(folder, 2))
+    validation(tmp_path).keep(row(2, 0.3), lambda folder: saved(folder, 2))
     (tmp_path / ROWS).unlink()
     (tmp_path / f".{BEST}" / "adapter").mkdir(parents=True)  # and another one in the middle of saving
-    found = selection(tmp_path)
+    found = validation(tmp_path)
     assert not found.rows
     found.keep(row(2, 0.3), lambda folder: saved(folder, "2 again"))
     assert (found.chosen() / "weights").read_text() == "2 again"
@@ -61,16 +63,15 @@ def test_an_adapter_without_its_row_is_saved_again(tmp_path):
     ("values", "message"),
     [
         ({"every": 5, "split": "test"}, "a policy chosen by its test scores"),
-        ({"every": 5, "split": "train"}, "selection.split"),
-        ({"keep": "best"}, "without selection.every"),
+        ({"keep_best": True}, "without validation.every"),
         ({"every": 5, "keep": "first"}, "last or best"),
         ({"every": -1}, ">= 0"),
-        ({"every": 5, "num_queries": 0}, "selection.num_queries"),
+        ({"every": 5, "num_queries": 0}, "validation.num_queries"),
     ],
 )
 def test_settings_that_are_refused(values, message):
     with pytest.raises(SettingError, match=message):
-        SelectionConfig(**values)
+        ValidationConfig(**values)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +98,9 @@ def test_the_best_state_is_the_result_and_evaluation_agrees(chosen, small, run_c
     assert best == max(found, key=lambda r: (r["miou"], -r["step"]))
     name = ADAPTER_FILE
     assert (stage / "adapter" / name).read_bytes() == (stage / BEST / "adapter" / name).read_bytes()
-    run_command(*small, "stage=evaluate", f"evaluate.targets=[{stage / BEST / 'adapter'}]", "evaluate.split=val",
-                "evaluate.limit=3", "evaluate.num_samples=0", "controls.kinds=[]", f"runs_dir={chosen.parent}",
+    run_command(*small, "stage=evaluate", f"evaluate.policies=[{stage / BEST / 'adapter'}]", "evaluate.split=val",
+                "evaluate.num_queries=3", "evaluate.num_samples=0", "faithfulness.kinds=[]",
+                f"runs_dir={chosen.parent}",
                 "name=r")  # fmt: skip
     (scores,) = (chosen / "evaluate").glob("*/scores.json")
     assert json.loads(scores.read_text())["miou"][0] == pytest.approx(best["miou"], abs=1e-9)
@@ -130,7 +132,8 @@ def test_a_stage_that_was_killed_keeps_the_same_best(chosen, small, run_command,
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_two_processes_measure_as_one_does(chosen, small, run_command, tmp_path, strategy):
     run_command(f"trainer={strategy}", *small, *ASKED, "stage=grpo1", "trainer.accelerator=cpu", "trainer.devices=2",
-                "trainer.num_workers=0", "trainer.persist_below=5000", f"runs_dir={tmp_path}", "name=r")  # fmt: skip
+                "trainer.num_workers=0", "trainer.zero3.param_persistence_threshold=5000",
+                f"runs_dir={tmp_path}", "name=r")  # fmt: skip
     stage = tmp_path / "r/grpo1"
     alone = rows(chosen / "grpo1" / ROWS)
     # Where training starts they are the same; rounding may part them later by a token.

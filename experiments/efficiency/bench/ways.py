@@ -22,10 +22,10 @@ from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
 LOSS = LossSettings(clip_low=0.2, clip_high=0.2, kl_coef=0.04)
 NAIVE, VISION_ONCE, SHARED, SAVING = "naive", "vision once", "vision once + shared prefix", "memory-saving"
 SETTINGS: dict[str, dict[str, Any]] = {
-    NAIVE: dict(shared_prefix=False, memory_saving=False),
-    VISION_ONCE: dict(shared_prefix=False, memory_saving=False),
-    SHARED: dict(shared_prefix=True, memory_saving=False),
-    SAVING: dict(shared_prefix=True, memory_saving=True),
+    NAIVE: dict(shared_prefix=False, activation_checkpointing=False),
+    VISION_ONCE: dict(shared_prefix=False, activation_checkpointing=False),
+    SHARED: dict(shared_prefix=True, activation_checkpointing=False),
+    SAVING: dict(shared_prefix=True, activation_checkpointing=True),
 }
 """`naive` also encodes the video once per row in every pass, as engines do that repeat the pixels G times."""
 

@@ -1,0 +1,46 @@
+"""Settings of the videos and their questions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from tartvg.config.choices import DatasetName
+from tartvg.config.fields import Settings, setting
+
+
+@dataclass
+class PlantedConfig(Settings, path="dataset.planted"):
+    """What the planted videos look like."""
+
+    num_train: int = setting(96, at_least=1)
+    """Training videos."""
+    num_val: int = setting(24, at_least=1)
+    """Validation videos."""
+    num_test: int = setting(40, at_least=1)
+    """Test videos."""
+    queries_per_video: int = setting(3, at_least=1)
+    """Events of a video that are asked about."""
+    seed: int = 0
+    """Of the videos, not of the training."""
+
+
+@dataclass
+class DatasetConfig(Settings, path="dataset"):
+    """The videos and their questions."""
+
+    name: DatasetName = MISSING
+    """The reader of the annotations."""
+    root: str = "data"
+    """Folder of annotations; planted videos are drawn into it."""
+    videos: str | None = None
+    """Folder of video files; null: `<root>/videos`."""
+    late_windows: str = setting("clip", among=("clip", "drop", "keep"))
+    """Windows that end after their video: `clip` cuts them there, as nobody can answer beyond it; `drop` also leaves
+    them out of training; `keep` takes them as annotated. Test windows are never left out."""
+    reversed_windows: str = setting("drop", among=("drop", "swap", "keep"))
+    """Training windows whose start is after their end. Test windows are never touched."""
+    num_queries: int | None = setting(None, at_least=1)
+    """Use only the first so many queries of each split; null: all."""
+    planted: PlantedConfig = field(default_factory=PlantedConfig)

@@ -1,0 +1,65 @@
+"""Settings of evaluation and of the faithfulness controls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from tartvg.config.choices import require
+from tartvg.config.fields import Settings, setting
+
+
+def policy_label(policy: str) -> str:
+    """The folder below `evaluate/` of a value of evaluate.policies: its own name, or the stage of an adapter folder."""
+    return policy if policy.isidentifier() else Path(policy).resolve().parent.name
+
+
+@dataclass
+class EvaluateConfig(Settings, path="evaluate"):
+    """Predictions and scores."""
+
+    split: str = setting("test", among=("train", "val", "test"))
+    """Whose queries are asked."""
+    policies: list[str] = field(default_factory=lambda: ["grpo2"])
+    """Policies to score: `base`, a stage of this run (`grpo1`, `sft`, `grpo2`) or an adapter folder."""
+    num_samples: int = setting(4, at_least=0)
+    """Sampled completions per query beside the greedy one; they give the format rate."""
+    batch_size: int = setting(16, at_least=1)
+    """Queries per batch."""
+    num_queries: int | None = setting(None, at_least=1)
+    """Score only the first so many queries; null: all."""
+    temperature: float = setting(1.0, above=0)
+    """Of the sampled completions."""
+    num_shards: int = setting(1, at_least=1)
+    """Processes that share the batches. The results do not depend on it."""
+    shard: int | None = None
+    """null: this command starts all of its shards on this machine. A number from 0: it works on that share alone, and
+    whichever ends last puts the results together; for several nodes that see the same runs_dir."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bound = f"null or from 0 to {self.num_shards - 1} (evaluate.num_shards - 1)"
+        require(self.shard is None or 0 <= self.shard < self.num_shards, "evaluate.shard", bound, self.shard)
+
+
+class ControlName(Enum):
+    """Videos that a query is asked about although they are not its own: does the answer notice?"""
+
+    shuffled = "shuffled"
+    """The same frames, pair by pair in another order."""
+    other = "other"
+    """The video of another query."""
+
+
+@dataclass
+class FaithfulnessConfig(Settings, path="faithfulness"):
+    """Asking about wrong videos, after an evaluation and while a stage trains: do the answers depend on the video?"""
+
+    kinds: list[ControlName] = field(default_factory=lambda: list(ControlName))
+    """Controls after an evaluation, each one more greedy answer per query; [] runs none."""
+    num_queries: int | None = setting(200, at_least=1)
+    """Ask only the first so many queries after an evaluation: enough for an agreement to within a few points."""
+    every: int = setting(10, at_least=0)
+    """Steps between two controls with shuffled frames while a GRPO stage trains, for the monitor video_blindness: two
+    greedy completions per prompt; 0: never."""

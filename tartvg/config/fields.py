@@ -1,0 +1,99 @@
+"""What settings are made of: fields with their range beside them, checked whenever an object is built. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from tartvg.config.choices import require
+
+RANGE = "range"
+"""Key of a field's metadata."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a setting may take. Each item of a list must be one of them."""
+
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    among: tuple[str, ...] = ()
+    because: str = ""
+    """A reason, in words; shown behind the bound."""
+
+    def holds(self, value: Any) -> bool:
+        """Whether the value, or every item of a list, lies inside. Never true of NaN."""
+        if isinstance(value, list):
+            return all(map(self.holds, value))
+        if self.among:
+            return value in self.among
+        return (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.below is None or value < self.below)
+            and (self.at_most is None or value <= self.at_most)
+        )
+
+    def __str__(self) -> str:
+        if self.among:
+            return " or ".join(filter(None, [", ".join(self.among[:-1]), self.among[-1]]))
+        low, high = (self.at_least, self.at_most) if self.above is None else (self.above, self.at_most)
+        bound = f"> {low}" if self.above is not None else f">= {low}"
+        if self.below == math.inf:
+            bound = f"finite and {bound}"
+        elif self.below is not None or high is not None:
+            left, right = "(" if self.above is not None else "[", ")" if self.below is not None else "]"
+            bound = f"in {left}{low}, {self.below if high is None else high}{right}"
+        return f"{bound} ({self.because})" if self.because else bound
+
+
+def setting(
+    default: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+    among: tuple[str, ...] = (),
+    because: str = "",
+) -> Any:
+    """Make a dataclass field of a default and a range. A list is copied for each object."""
+    metadata = {RANGE: Range(above, at_least, below, at_most, among, because)}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def range_of(known: dataclasses.Field[Any]) -> str:
+    """Word the range of a field, with null and lists where its type has them; empty without a range."""
+    if RANGE not in known.metadata:
+        return ""
+    prefix = "a list " if str(known.type).startswith("list") else "null or " if is_optional(known) else ""
+    return f"{prefix}{known.metadata[RANGE]}"
+
+
+def is_optional(known: dataclasses.Field[Any]) -> bool:
+    """Whether a field may be null."""
+    return str(known.type).endswith("| None")
+
+
+class Settings:
+    """A group of settings, called `path` on the command line. Subclasses add the rules between their fields."""
+
+    PATH: ClassVar[str] = ""
+
+    def __init_subclass__(cls, path: str = "") -> None:
+        cls.PATH = path
+
+    def __post_init__(self) -> None:
+        """Check the range of every field. Raises SettingError with the name of the setting."""
+        assert dataclasses.is_dataclass(self)
+        for known in dataclasses.fields(self):
+            value = getattr(self, known.name)
+            if RANGE in known.metadata and not (value is None and is_optional(known)):
+                name = f"{self.PATH}.{known.name}" if self.PATH else known.name
+                require(known.metadata[RANGE].holds(value), name, range_of(known), value)

@@ -1,0 +1,91 @@
+"""Settings of the vision-language model: weights, adapters, frames and caches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from tartvg.config.choices import Precision, require
+from tartvg.config.fields import Settings, setting
+
+
+@dataclass
+class FramesConfig(Settings, path="policy.frames"):
+    """How a video becomes frames; the model's own preprocessing rules with these numbers."""
+
+    fps: float = setting(2.0, above=0)
+    """Frames sampled per second of video."""
+    min_frames: int = setting(4, at_least=2)
+    """Frames of the shortest video."""
+    max_frames: int = 768
+    """Frames of the longest video."""
+    min_pixels: int = setting(12544, above=0)
+    """Lower bound per frame, in pixels (16 * 28 * 28 in the paper's relatives)."""
+    max_pixels: int = 602112
+    """Upper bound per frame, in pixels."""
+    total_pixels: int = 2809856
+    """Budget for all sampled frames together (3584 * 28 * 28)."""
+    timeout_s: float = setting(60.0, above=0)
+    """A file that decodes longer than this is refused."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_frames >= self.min_frames, "policy.frames.max_frames", ">= min_frames", self.max_frames)
+        require(self.max_pixels >= self.min_pixels, "policy.frames.max_pixels", ">= min_pixels", self.max_pixels)
+        require(self.total_pixels >= self.min_pixels, "policy.frames.total_pixels", ">= min_pixels", self.total_pixels)
+
+
+@dataclass
+class LoraConfig(Settings, path="policy.lora"):
+    """Low-rank adapters on every linear layer of the language model [stated: r = 16, alpha = 32]."""
+
+    rank: int = setting(16, at_least=1)
+    """Rank of the update of each matrix."""
+    alpha: int = setting(32, above=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = setting(0.0, at_least=0, below=1)
+    """Dropout on the adapters' inputs, in training."""
+    vision: bool = False
+    """Adapters on the vision tower too. Its features then change with every update and are not cached."""
+
+
+@dataclass
+class PolicyConfig(Settings, path="policy"):
+    """The vision-language model."""
+
+    name: str = MISSING
+    """What runs and tables call the policy."""
+    path: str = MISSING
+    """Hub id or local folder in Hugging Face format; `embedded:tiny` is the one that ships in the package."""
+    revision: str | None = None
+    """Hub commit, for reproducibility."""
+    precision: Precision = Precision.fp32
+    """Arithmetic of the weights and activations."""
+    attention: str = setting("sdpa", among=("sdpa", "flash_attention_2"))
+    """Attention kernels. The library's `eager` does not mask a causal pass by itself."""
+    shared_prefix: bool = True
+    """Run the prompt once per group. False is the slow oracle."""
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs for the backward pass and run each layer twice: for long videos. The update then
+    costs a third more arithmetic, and its memory grows with the completions' own tokens only."""
+    feature_cache_gib: float = setting(0.5, at_least=0)
+    """RAM for vision features, in GiB; 0 encodes every video anew."""
+    feature_cache_dir: str | None = None
+    """Folder that keeps vision features beyond the run, shared by runs and processes; null keeps none."""
+    feature_cache_dir_gib: float = setting(20.0, above=0)
+    """Limit of that folder, in GiB; the least recently used entries go first."""
+    logit_chunk: int = setting(4096, at_least=1)
+    """Completion positions whose logits exist at the same time."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    frames: FramesConfig = field(default_factory=FramesConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.shared_prefix or not self.activation_checkpointing,
+            "policy.activation_checkpointing",
+            "false without policy.shared_prefix",
+            self.activation_checkpointing,
+        )
+        require(self.feature_cache_dir != "", "policy.feature_cache_dir", "null or a folder", self.feature_cache_dir)

@@ -1,0 +1,60 @@
+"""Settings of devices and of how they work together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tartvg.config.choices import Strategy, require
+from tartvg.config.fields import Settings, setting
+
+
+@dataclass
+class Zero3Config(Settings, path="trainer.zero3"):
+    """What DeepSpeed's ZeRO stage 3 partitions; its own names and units, elements of a parameter."""
+
+    param_persistence_threshold: int = setting(100_000, at_least=0)
+    """A parameter with at most this many elements stays whole on every process; 0 partitions all of them."""
+    max_reuse_distance: int = setting(1_000_000_000, at_least=0)
+    """A parameter that is used again within so many elements stays whole until then; 0 partitions it after each use.
+    DeepSpeed's default, 2 GB in bf16: about four layers of the 7B."""
+
+
+@dataclass
+class TrainerConfig(Settings, path="trainer"):
+    """Devices and how they work together."""
+
+    accelerator: str = setting("cpu", among=("cpu", "gpu"))
+    """Kind of device."""
+    devices: int = setting(1, at_least=1)
+    """Processes per node, one per device."""
+    num_nodes: int = setting(1, at_least=1)
+    """Machines."""
+    strategy: Strategy = Strategy.single
+    """How the processes share the work; `single` is one process."""
+    zero3: Zero3Config = field(default_factory=Zero3Config)
+    timeout_minutes: float = setting(60.0, above=0)
+    """How long a process waits for the others inside a step before the run fails."""
+    num_threads: int = setting(2, at_least=1)
+    """CPU threads of torch; part of what makes a CPU run bit-reproducible."""
+    num_workers: int = setting(0, at_least=0)
+    """Processes that decode video ahead; 0 decodes in the main process."""
+    checkpoint_every: int = setting(5, at_least=1)
+    """Optimiser steps between checkpoints."""
+    checkpoint_minutes: float = setting(30.0, above=0)
+    """Longest time between two checkpoints; a step is always finished first."""
+    checkpoints_kept: int = setting(2, at_least=2)
+    """Older ones are removed. Two is the least: the newest, and the one to use when the newest is damaged."""
+    max_skipped_steps: int = setting(5, at_least=1)
+    """Steps in a row that may be left out because their loss or gradient is not finite, before the stage stops."""
+    memory_gib: float | None = setting(None, above=0)
+    """Memory of one GPU in GiB, or on a CPU of the process: a plan that needs more is refused before the start.
+    null: what the GPU says; on a CPU, no limit."""
+    progress_bar: bool = True
+    """Show how far a stage is."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_alone = self.devices * self.num_nodes == 1
+        require(
+            self.strategy is not Strategy.single or is_alone, "trainer.devices", "1 with strategy=single", self.devices
+        )

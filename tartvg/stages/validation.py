@@ -1,0 +1,40 @@
+"""What a training stage is measured with while it runs, by the settings of `validation`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tartvg.config import Config, SettingError
+from tartvg.stages.common import keep_before, prompts_of
+from tartvg.training import distributed
+from tartvg.training.validation import ROWS, Questions, Validation
+
+SPLIT = "val"
+"""Never `test`: a policy chosen by its test scores has none left that say anything."""
+
+
+def validation_key(config: Config) -> dict[str, Any]:
+    """What a stage's result and its metrics depend on, where it is measured."""
+    if not config.validation.every:
+        return {}
+    limit = config.grpo.sampling.max_new_tokens
+    return {"validation": config.validation, "asked_at_once": config.evaluate.batch_size, "max_new_tokens": limit}
+
+
+def validation_of(config: Config, folder: Path, max_steps: int) -> Validation | None:
+    """The measurements of the stage in `folder`. Raises SettingError where a validation query has no label."""
+    settings = config.validation
+    if not settings.every:
+        return None
+    with distributed.rank_zero_first():
+        prompts = prompts_of(config, SPLIT)[: settings.num_queries]
+    if not all(p.sample.windows for p in prompts):
+        what = f"dataset={config.dataset.name.value}, split {SPLIT}"
+        raise SettingError(f"validation.every: {what}, has queries without a label")
+    if distributed.is_rank_zero():
+        keep_before(folder / ROWS, max_steps + 1)
+    questions = Questions(
+        settings, prompts, config.grpo.sampling, config.evaluate.batch_size, config.trainer.num_workers
+    )
+    return Validation(questions, folder, max_steps)
