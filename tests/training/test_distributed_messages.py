@@ -10,7 +10,7 @@ import pytest
 import torch
 from two_processes import START
 
-from tartvg.config import (
+from tartvg.config import Zero3Config, (
     AnchorsConfig,
     Config,
     LoraConfig,
