@@ -1,14 +1,46 @@
 """Small real things that several tests need: an untrained tiny base, and a config that runs it in seconds."""
 
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from forking import ROOT
 from forking import start as start_command
+from helpers.policies import planted_prompts, tiny_policy
+from helpers.settings import OPEN_FILTER
 
-ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TARTVG_ROOT", str(ROOT))
+MAX_SECONDS = 2.0
+"""Of processor time that a quick test may take."""
+NOT_QUICK = ("slow", "campaign", "gpu")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """One process takes all tests of a file, which share fixtures; some files name a group that they share."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fails a quick test that takes long, but for fixtures and for what it is the first to import."""
+    begun, imported = processor_seconds(), len(sys.modules)
+    result = yield
+    taken = processor_seconds() - begun
+    is_quick = not any(item.get_closest_marker(name) for name in NOT_QUICK)
+    if is_quick and taken > MAX_SECONDS and len(sys.modules) - imported < 50:
+        pytest.fail(f"a quick test may take {MAX_SECONDS} s of processor time, this one took {taken:.1f} s: mark it slow")
+    return result
+
+
+def processor_seconds():
+    """Of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 @pytest.fixture(scope="session")
@@ -36,29 +68,10 @@ def prompts(planted_root):
     return planted_prompts(planted_root)
 
 
-def planted_prompts(root):
-    """As the fixture; for processes that a test starts."""
-    from tartvg.config import AnchorsConfig, PlantedConfig
-    from tartvg.data.planted import load_planted
-    from tartvg.prompts import build_prompt
-
-    samples = load_planted(root, PlantedConfig(2, 1, 1, 2), "train", "planted")
-    return [build_prompt(s, AnchorsConfig()) for s in samples]
-
-
 @pytest.fixture
 def policy(untrained_base):
     """The untrained tiny policy with frames of four patches."""
     return tiny_policy(untrained_base)
-
-
-def tiny_policy(base):
-    """As the fixture; for processes that a test starts."""
-    from tartvg.config import FramesConfig, PolicyConfig
-    from tartvg.policy.policy import Policy
-
-    frames = FramesConfig(min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
-    return Policy(PolicyConfig(name="t", path=str(base), frames=frames), seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -113,8 +126,6 @@ def shared(small):
 
     The embedded policy, whose rewards differ.
     """
-    from two_processes import OPEN_FILTER
-
     return [
         *small, *OPEN_FILTER, "policy.frames.max_frames=16", "grpo.sampling.max_new_tokens=40", "grpo.max_steps=5",
         "grpo.grpo2_max_steps=2", "grpo.prompts_per_step=4", "grpo.prompts_at_once=1", "grpo.lr=1e-5", "sft.lr=5e-5",
@@ -129,3 +140,15 @@ def alone(shared, run_command, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     run_command(*shared, "trainer=cpu", "trainer.num_threads=1", f"runs_dir={folder}", "name=r")
     return folder / "r"
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """The configuration without the rest of the package; tests spoil it, or add a stage that records its settings."""
+    root = tmp_path / "clone"
+    (root / "tartvg").mkdir(parents=True)
+    for folder in ("conf", "sweeps", "experiments", "tartvg/config"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("run.py", "tartvg/__init__.py"):
+        shutil.copy(ROOT / file, root / file)
+    return root

@@ -84,13 +84,42 @@ class Served(Forked):
         return self.returncode
 
 
-def start(overrides, output=os.devnull, errors=os.devnull, env=None, is_real=False):
-    """run.py in a process of its own, which writes to these files."""
-    if is_real or not can_fork():
+def start(overrides, output=os.devnull, errors=os.devnull, env=None, is_real=False, prepare=None):
+    """run.py in a process of its own, which writes to these files.
+
+    `prepare`, a function of a module, is called there before run.py begins; what it replaces is replaced in the ranks
+    as well, which are forked from that process. It needs a process that can be forked.
+    """
+    assert not (is_real and prepare), "an interpreter of its own knows nothing of the functions here"
+    if is_real or (not can_fork() and prepare is None):
         with Path(output).open("ab") as out, Path(errors).open("ab") as err:
             return subprocess.Popen([sys.executable, RUN, *overrides], cwd=ROOT, stdout=out, stderr=err, env=env)
     arguments = list(map(str, overrides)), dict(env or os.environ), (str(output), str(errors))
-    return Served(server().Process(target=become, args=arguments))
+    return Served(server().Process(target=become, args=(*arguments, prepare)))
+
+
+def call(function, *arguments, output):
+    """The function in a copy of this process, which writes to that file; its exit code is what it returns, or 1."""
+    child = os.fork()
+    if child:
+        return Forked(child)
+    code = 1
+    try:
+        _redirect((output, output))
+        code = function(*arguments) or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _redirect(outputs):
+    for number, path in enumerate(outputs, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
 
 
 @cache
@@ -138,10 +167,7 @@ def become(overrides, env, outputs=(), prepare=None):
         prepare()
     sys.stdout.flush()
     sys.stderr.flush()
-    for number, path in enumerate(outputs, start=1):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, number)
-        os.close(file)
+    _redirect(outputs)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)

@@ -1,70 +1,34 @@
 """The settings: every YAML composes, precedence, refusals, run folders. Nothing here may import torch."""
 
-import functools
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from helpers.settings import RECORDING_STAGE, ROOT, composed, composed_below, composer, files
+from hydra import compose
 from hydra.errors import ConfigCompositionException
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 
-from tartvg.config import AdvantageScale, Config, IouKind, SettingError, StageName, Strategy, register, to_dataclasses
+from tartvg.config import AdvantageScale, Config, IouKind, SettingError, StageName, Strategy
 from tartvg.config.errors import explain
 from tartvg.launch.job import MAX_FOLDER_LENGTH, job_name
 from tartvg.launch.sweep_files import axes, cells
 from tartvg.launch.sweeps import jobs_below
 
-ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ["dataset", "anchors", "reward", "grpo", "trainer", "tracking", "monitors", "policy", "stage"]
 GROUND = ["video=clip.mp4", "query=a door opens"]
 """What stage=ground cannot do without."""
 
-register()
-
-
-@contextmanager
-def composer(root: Path = ROOT) -> Iterator[None]:
-    """Hydra's compose API on the conf/ below `root`."""
-    before = os.environ.get("TARTVG_ROOT")
-    os.environ["TARTVG_ROOT"] = str(root)
-    try:
-        with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            yield
-    finally:
-        if before is None:
-            del os.environ["TARTVG_ROOT"]
-        else:
-            os.environ["TARTVG_ROOT"] = before
-
-
-@functools.cache
-def composed(*overrides: str) -> Config:
-    return composed_below(ROOT, *overrides)
-
-
-def composed_below(root: Path, *overrides: str) -> Config:
-    with composer(root):
-        return to_dataclasses(compose("config", overrides=list(overrides)))
-
 
 def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
-
-
-def files(folder: str) -> list[str]:
-    """Choices of a top-level group, nested ones as `question/variant`."""
-    top = ROOT / folder
-    return sorted(path.relative_to(top).with_suffix("").as_posix() for path in top.rglob("*.yaml"))
 
 
 def run(
@@ -88,18 +52,6 @@ def run_within(
         if taken < seconds:
             return done
     raise AssertionError(f"{arguments} takes {taken:.1f} s")
-
-
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    """The configuration without the rest of the package; tests spoil it, or add a stage that records its settings."""
-    root = tmp_path / "clone"
-    (root / "tartvg").mkdir(parents=True)
-    for folder in ("conf", "sweeps", "experiments", "tartvg/config"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("run.py", "tartvg/__init__.py"):
-        shutil.copy(ROOT / file, root / file)
-    return root
 
 
 # --- every YAML is a test case
@@ -306,20 +258,6 @@ def test_help_and_settings_answer_at_once_and_without_torch(tmp_path: Path, argu
 
 
 # --- run folders and how a run ends
-
-RECORDING_STAGE = """
-import json
-from pathlib import Path
-
-
-def run(config):
-    folder = Path(config.runs_dir) / config.name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "seen.json").write_text(json.dumps([config.anchors.target, config.seed]))
-    if config.seed == 1:
-        raise RuntimeError("no luck")
-    return 3 if config.seed == 3 else None
-"""
 
 
 def seen(cwd: Path) -> dict[str, list[int]]:

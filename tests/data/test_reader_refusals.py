@@ -11,7 +11,7 @@ from pathlib import Path
 
 import av
 import pytest
-from test_decoding import FRAMES, write
+from helpers.videos import FRAMES, write
 
 from tartvg.config import DatasetConfig, DatasetName
 from tartvg.data import activitynet, jsonl, tacos

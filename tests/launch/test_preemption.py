@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
-from conftest import start_command
+from forking import start as start_command
+from helpers.checkpoints import names
 from interruptions import PATIENCE, num_lines, results
-from test_checkpoint import names
 
 from tartvg.launch.signals import REQUEUE_CODE, SIGNALS, Preempted, Preemption
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_config import ROOT, composed, files
+from helpers.settings import ROOT, composed, files
 
 from tartvg.config import Config, SettingError
 from tartvg.launch.sweep_files import axes, cells, main, read_sweep, wandb_sweep

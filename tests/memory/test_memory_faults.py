@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import planted_prompts, tiny_policy
-from test_faults import RUBRIC, fit, lines
-from test_training import CPU, GRPO, OFF, make_grpo
+from helpers.policies import planted_prompts, tiny_policy
+from helpers.training import CPU, GRPO, OFF, RUBRIC, fit, lines, make_grpo
+from tartvg.training.retreats import Retreats
 
 from tartvg.config import Aggregation, SftConfig
 from tartvg.policy.policy import token_batch
@@ -26,7 +26,6 @@ from tartvg.training.out_of_memory import (
     merge_parts,
     row_slices,
 )
-from tartvg.training.retreats import Retreats
 from tartvg.training.sft_module import SftModule, TraceDataset
 from tartvg.training.step import StageRun
 from tartvg.training.trainer import make_trainer

@@ -1,22 +1,16 @@
 """The pipeline on an untrained base: whole, resumable, idempotent. Real processes, real kills."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import start_command
+from forking import start as start_command
+from helpers.settings import composed
 from interruptions import kill_when, num_lines, results, rows
 
-OPEN_FILTER = ["anchors.filter.min_reward=-100", "anchors.filter.min_anchors=0", "anchors.filter.min_ious=[]"]
 TRAINED = ("grpo1", "filter", "sft", "grpo2", "evaluate/base", "evaluate/grpo1", "evaluate/sft", "evaluate/grpo2")
-
-
-@pytest.fixture(scope="module")
-def settings(small, untrained_base):
-    return [*small, *OPEN_FILTER, f"policy.path={untrained_base}", "grpo.sampling.max_new_tokens=24"]
 
 
 def test_a_killed_grpo_stage_ends_like_one_that_was_not(settings, run_command, tmp_path):
@@ -83,7 +77,7 @@ def test_the_adapter_of_grpo2_is_a_plain_peft_adapter(settings, untrained_base, 
     from tartvg.prompts import build_prompt
     from tartvg.records import prediction_from_json
 
-    config = composed([*settings, f"runs_dir={tmp_path}", "name=r"])
+    config = composed(*settings, f"runs_dir={tmp_path}", "name=r")
     policy = Policy(config.policy)
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(untrained_base)
     plain = PeftModel.from_pretrained(base, tmp_path / "r/grpo2/adapter").eval()
@@ -101,16 +95,6 @@ def test_the_adapter_of_grpo2_is_a_plain_peft_adapter(settings, untrained_base, 
     base_rows = map(prediction_from_json, rows(tmp_path / "r/evaluate/base/predictions.jsonl"))
     without = {p.sample_id: p.text for p in base_rows if p.sample_index == 0}
     assert without != said
-
-
-def composed(overrides):
-    from hydra import compose, initialize_config_dir
-
-    from tartvg.config import register, to_dataclasses
-
-    register()
-    with initialize_config_dir(os.environ["TARTVG_ROOT"] + "/conf", version_base="1.3"):
-        return to_dataclasses(compose("config", list(overrides)))
 
 
 def test_a_changed_setting_moves_the_old_results_aside(settings, run_command, tmp_path):

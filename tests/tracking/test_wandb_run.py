@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tracking import artifacts, wandb_records
+from helpers.tracking import artifacts, wandb_records
 
 from tartvg.tracking.dashboard import workspace
 

@@ -6,26 +6,15 @@ import os
 import pickle
 import resource
 import subprocess
-import sys
 
 import pytest
 import torch
+from forking import call
+from helpers.checkpoints import names, save_step
 
 from tartvg.config import SettingError
 from tartvg.policy.loading import ADAPTER_FILE as WEIGHTS
-from tartvg.training.checkpoint import MANIFEST, OPTIMIZER, check_files, latest_checkpoint, save_checkpoint
-
-
-def save_step(folder, step, kept=2, size=4):
-    weights = {"lora_A": torch.full((size,), float(step)), "lora_B": torch.arange(3.0)}
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(weights["lora_A"].clone())], lr=0.5)
-    optimizer.param_groups[0]["params"][0].grad = torch.ones(size)
-    optimizer.step()
-    return save_checkpoint(folder, step, weights, optimizer.state_dict(), {"skipped_in_row": step}, kept)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+from tartvg.training.checkpoint import MANIFEST, OPTIMIZER, check_files, latest_checkpoint
 
 
 def test_what_was_saved_comes_back(tmp_path):
@@ -134,19 +123,18 @@ def test_an_adapter_that_is_a_pickle_is_refused(tmp_path, name, small, run_comma
 
 def test_a_file_that_may_not_grow_leaves_the_last_one_intact(tmp_path):
     """The system itself refuses the write (RLIMIT_FSIZE), in a process of its own."""
-    save_step(tmp_path, 1)
-    code = (
-        "import sys; sys.path.insert(0, 'tests'); from pathlib import Path; import test_checkpoint as t\n"
-        f"t.save_step(Path({str(tmp_path)!r}), 2, size=50_000)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )  # fmt: skip
-    last = result.stderr.strip().splitlines()[-1]
+    folder = tmp_path / "checkpoints"
+    save_step(folder, 1)
+
+    def save_the_next():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        save_step(folder, 2, size=50_000)
+
+    assert call(save_the_next, output=tmp_path / "said").wait(60) == 1
+    last = (tmp_path / "said").read_text().strip().splitlines()[-1]
     assert "the checkpoint of step 2 cannot be written" in last and "File too large" in last
     assert "the last one, step_000001, is intact" in last
-    assert names(tmp_path) == ["step_000001"] and check_files(tmp_path / "step_000001")
+    assert names(folder) == ["step_000001"] and check_files(folder / "step_000001")
 
 
 @pytest.fixture

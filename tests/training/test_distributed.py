@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, start_command
+from forking import ROOT
+from forking import start as start_command
 from interruptions import kill_when, num_lines, rows
 from safetensors.torch import load_file
 from two_processes import STRATEGIES, TWO, assert_same_training, said, trainer
@@ -172,7 +173,7 @@ distributed.destroy()
 def test_no_process_copies_the_whole_base(tmp_path, monkeypatch):
     """What is not shared with the other process: half of the base, and what lies around it."""
     import torch
-    from test_memory import tiny_of
+    from helpers.bases import tiny_of
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     tiny_of("large", tmp_path / "fp32")

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, start_command
+from forking import ROOT
+from forking import start as start_command
 from interruptions import num_lines, rows
 from two_processes import START, assert_same_training, said, trainer
 

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from test_checkpoint import names
-from test_training import CPU, GRPO, OFF, make_grpo
+from forking import ROOT
+from helpers.checkpoints import names
+from helpers.training import CPU, GRPO, OFF, RUBRIC, fit, lines, make_grpo
 
-from tartvg.config import AnchorsConfig, FramesConfig, RewardConfig, SettingError, SftConfig
-from tartvg.rewards import Rubric
+from tartvg.config import FramesConfig, SettingError, SftConfig
 from tartvg.tracking import Tracker
 from tartvg.training.batches import StepDataset, step_loader
 from tartvg.training.checkpoint import latest_checkpoint
@@ -27,17 +26,7 @@ from tartvg.training.step import StageRun
 from tartvg.training.trainer import make_trainer
 from tartvg.types import Trace
 
-RUBRIC = Rubric(RewardConfig(), AnchorsConfig())
 FRAMES = FramesConfig(min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def fit(module, folder, prompts, steps, per_step=2):
-    data = StepDataset(prompts, per_step, 0, module.start_step, steps, None)
-    make_trainer(CPU, folder).fit(module, step_loader(data, 0))
 
 
 # -- numbers that are none -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import itertools
 import json
 
 import pytest
-from test_training import CPU, OFF
+from helpers.training import CPU, OFF
 from torch.utils.data import DataLoader
 
 from tartvg.config import (

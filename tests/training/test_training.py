@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers.training import CPU, GRPO, OFF, make_grpo
 
 from tartvg.config import (
     AnchorsConfig,
@@ -12,11 +13,7 @@ from tartvg.config import (
     GrpoConfig,
     LrDecay,
     RewardConfig,
-    SamplingConfig,
     SftConfig,
-    TrackingConfig,
-    TrackingMode,
-    TrainerConfig,
 )
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
@@ -27,17 +24,6 @@ from tartvg.training.sft_module import SftModule, TraceDataset
 from tartvg.training.step import StageRun, learning_rate_share
 from tartvg.training.trainer import make_trainer
 from tartvg.types import RolloutGroup, Trace
-
-CPU = TrainerConfig(progress_bar=False)
-OFF = TrackingConfig(mode=TrackingMode.off)
-GRPO = GrpoConfig(max_steps=2, group_size=4, prompts_per_step=2, lr=1e-2, sampling=SamplingConfig(max_new_tokens=12))
-
-
-def make_grpo(policy, folder, rubric, settings=GRPO):
-    run = StageRun("grpo1", folder, 0, settings.max_steps, 1)
-    tracker = Tracker(folder, OFF, "r", "grpo1", {}, 0)
-    tracker.__enter__()
-    return GrpoModule(policy, rubric, settings, AnchorsConfig(), run, tracker)
 
 
 def test_every_epoch_uses_every_prompt_once():
