@@ -34,7 +34,9 @@ def pytest_runtest_call(item):
     taken = processor_seconds() - begun
     is_quick = not any(item.get_closest_marker(name) for name in NOT_QUICK)
     if is_quick and taken > MAX_SECONDS and len(sys.modules) - imported < 50:
-        pytest.fail(f"a quick test may take {MAX_SECONDS} s of processor time, this one took {taken:.1f} s: mark it slow")
+        pytest.fail(
+            f"a quick test may take {MAX_SECONDS} s of processor time, this one took {taken:.1f} s: mark it slow"
+        )
     return result
 
 
@@ -152,3 +154,24 @@ def clone(tmp_path: Path) -> Path:
     for file in ("run.py", "tartvg/__init__.py"):
         shutil.copy(ROOT / file, root / file)
     return root
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """The folder of a finished sweep, and its questions."""
+    from helpers.report import make_sweep
+
+    return make_sweep(tmp_path_factory.mktemp("compare"))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A finished run, its questions and its page."""
+    from helpers.report import make_run, make_samples
+
+    from tartvg.report.page import build_report
+
+    folder = tmp_path_factory.mktemp("report")
+    samples = make_samples(folder)
+    make_run(folder / "demo", samples)
+    return folder / "demo", samples, build_report(folder / "demo", samples, folder / "report.html").read_text("utf-8")

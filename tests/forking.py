@@ -98,14 +98,15 @@ def start(overrides, output=os.devnull, errors=os.devnull, env=None, is_real=Fal
     return Served(server().Process(target=become, args=(*arguments, prepare)))
 
 
-def call(function, *arguments, output):
-    """The function in a copy of this process, which writes to that file; its exit code is what it returns, or 1."""
+def call(function, *arguments, output, errors=None):
+    """The function in a copy of this process, which writes to these files; its exit code is what it returns, or 1."""
     child = os.fork()
     if child:
         return Forked(child)
     code = 1
     try:
-        _redirect((output, output))
+        _redirect((output, errors or output))
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # pytest's own are files
         code = function(*arguments) or 0
     except BaseException:
         traceback.print_exc()

@@ -127,6 +127,7 @@ def config(small):
     return composed(*small, "stage=grpo1")
 
 
+@pytest.mark.slow
 def test_shapes_cost_no_memory_and_the_model_is_the_published_one():
     from tartvg.config import LoraConfig, PolicyConfig, Precision
     from tartvg.memory.footprint import Load, trace
@@ -142,6 +143,7 @@ def test_shapes_cost_no_memory_and_the_model_is_the_published_one():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
 
 
+@pytest.mark.slow
 def test_two_shallow_models_tell_the_peaks_of_a_deep_one(tmp_path):
     from tartvg.memory.footprint import _of_all_layers, _peaks, model_config
 

@@ -163,6 +163,7 @@ def address_space():
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+@pytest.mark.slow
 def test_a_step_in_too_little_memory_is_done_in_parts(untrained_base, prompts, planted_root, tmp_path):
     """In a process of its own: earlier tests leave memory behind that needs no asking for."""
     work = multiprocessing.get_context("spawn").Process(

@@ -13,6 +13,7 @@ from interruptions import kill_when, num_lines, results, rows
 TRAINED = ("grpo1", "filter", "sft", "grpo2", "evaluate/base", "evaluate/grpo1", "evaluate/sft", "evaluate/grpo2")
 
 
+@pytest.mark.slow
 def test_a_killed_grpo_stage_ends_like_one_that_was_not(settings, run_command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [*settings, "stage=grpo1", "trainer.checkpoint_every=2"]
@@ -53,6 +54,7 @@ def test_a_pipeline_killed_in_every_stage_ends_like_one_that_was_not(settings, r
         assert json.loads((cut / stage / "manifest.json").read_text())["finished"]
 
 
+@pytest.mark.campaign
 @pytest.mark.slow
 def test_random_kills_of_every_kind_leave_no_trace(tmp_path):
     """The campaign of tests/interruptions.py, one kill of each kind."""
@@ -97,6 +99,7 @@ def test_the_adapter_of_grpo2_is_a_plain_peft_adapter(settings, untrained_base, 
     assert without != said
 
 
+# The one test that starts run.py among the quick ones.
 def test_a_changed_setting_moves_the_old_results_aside(settings, run_command, tmp_path):
     command = [*settings, "stage=grpo1", "grpo.max_steps=1", f"runs_dir={tmp_path}", "name=r"]
     run_command(*command)
@@ -107,6 +110,7 @@ def test_a_changed_setting_moves_the_old_results_aside(settings, run_command, tm
     assert len(rows(tmp_path / "r/grpo1/rollouts.jsonl")) == 2
 
 
+@pytest.mark.slow
 def test_a_stage_says_what_it_lacks(settings, run_command, tmp_path):
     for stage, lack in (("filter", "grpo1"), ("sft", "filter"), ("grpo2", "sft"), ("evaluate", "grpo2")):
         result = run_command(*settings, f"stage={stage}", f"runs_dir={tmp_path}", "name=empty", check=False)
@@ -114,6 +118,7 @@ def test_a_stage_says_what_it_lacks(settings, run_command, tmp_path):
         assert lack in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_ground_answers_on_any_video(settings, run_command, planted_root, tmp_path):
     run_command(*settings, "stage=grpo1", "grpo.max_steps=1", f"runs_dir={tmp_path}", "name=r")
     video = next(planted_root.glob("planted-*/test_*.mp4"))

@@ -10,6 +10,7 @@ from interruptions import kill_when, num_lines, results, rows
 from tartvg.launch.sweeps import jobs_below
 
 
+@pytest.mark.slow
 def test_rollouts_of_the_base_survive_a_kill_and_feed_the_filter(settings, run_command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [*settings, "stage=rollouts", f"runs_dir={tmp_path}"]

@@ -112,6 +112,7 @@ def test_a_pickle_is_refused_by_name_and_does_not_run(tmp_path, form, name):
     assert not trace.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter_model.bin", "last.ckpt"])
 def test_an_adapter_that_is_a_pickle_is_refused(tmp_path, name, small, run_command):
     torch.save({"w": torch.zeros(1)}, tmp_path / name)

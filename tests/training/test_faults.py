@@ -235,6 +235,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_the_wall_clock(tmp_path):
     """The C library's clock leaps a day with every look; run times and time limits stay right."""
     compiler = shutil.which("cc")
@@ -273,6 +274,7 @@ def mount(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_named(small, run_command, mount, tmp_path):
     folder = mount(tmp_path / "disk", "ro,size=1m")
     overrides = [o for o in small if not o.startswith("dataset.root=")]

@@ -132,6 +132,7 @@ def test_the_learning_rate_warms_up_and_falls_linearly():
     assert [learning_rate_share(GrpoConfig(), step, 4) for step in range(4)] == [1.0] * 4
 
 
+@pytest.mark.slow
 def test_grpo_learns_what_is_rewarded(policy, prompts, tmp_path):
     """The real module under a real trainer; only the reward is a toy: how often one token is said."""
     settings = dataclasses.replace(GRPO, max_steps=15, group_size=16, kl_coef=0.0, lr=5e-2)
@@ -180,6 +181,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(policy, prompts, tmp_p
     assert "is damaged (optimizer.pt: 7 bytes instead of" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sft_raises_the_likelihood_of_its_traces(policy, prompts, tmp_path):
     by_id = {p.sample.sample_id: p for p in prompts}
     text = "<think>It is <timestamp>1.00 to 2.00</timestamp>.</think><answer>1.00 to 2.00</answer>"

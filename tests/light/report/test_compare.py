@@ -114,6 +114,7 @@ def test_the_budget_counts_a_shared_stage_once(sweep: tuple[Path, Samples]) -> N
     assert rows["three"]["whole run, s"] == "–"  # noqa: RUF001
 
 
+@pytest.mark.slow
 def test_pages_and_files_of_a_sweep(sweep: tuple[Path, Samples]) -> None:
     folder, samples = sweep
     page, tables = build_comparison(read_sweep_folder(folder), samples, folder)

@@ -180,7 +180,7 @@ def run_script(folder: Path, mode: str, **env: str) -> subprocess.CompletedProce
     home.mkdir()
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k != "NETRC"}
     result = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parents[1])), str(folder), mode],
+        [sys.executable, "-c", SCRIPT.format(tests=str(Path(__file__).parents[2])), str(folder), mode],
         capture_output=True,
         text=True,
         env={**clean, "HOME": str(home), **env},

@@ -224,6 +224,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> tuple[str, bytes]:
     return kind, bytes(copy)
 
 
+@pytest.mark.campaign
 @pytest.mark.slow
 def test_300_damaged_files(usual: Path, tmp_path: Path) -> None:
     front = tmp_path / "front.mp4"  # index in front: a cut file still opens

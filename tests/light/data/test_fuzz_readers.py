@@ -69,9 +69,20 @@ NAMES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(name=st.sampled_from(NAMES), value=VALUES)
 def test_any_value_of_a_setting_is_taken_or_refused_by_name(name, value):
+    check_setting(name, value)
+
+
+@pytest.mark.campaign
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(NAMES), value=VALUES)
+def test_any_value_of_a_setting_at_length(name, value):
+    check_setting(name, value)
+
+
+def check_setting(name, value):
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -3,14 +3,17 @@
 import json
 import os
 import resource
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from forking import call
 from helpers.settings import RECORDING_STAGE, ROOT, composed, composed_below, composer, files
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,16 +34,41 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
 
 
-def run(
-    *arguments: str, root: Path = ROOT, cwd: Path, flags: Sequence[str] = ()
-) -> tuple[subprocess.CompletedProcess[str], float]:
-    """The command in a real process, and its processor time in seconds: other work on the machine barely changes it."""
+def run(*arguments: str, cwd: Path, flags: Sequence[str] = ()) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The command in an interpreter, and its processor time in seconds: other work on the machine barely changes it."""
     environment = {key: value for key, value in os.environ.items() if key not in ("TARTVG_ROOT", "HYDRA_FULL_ERROR")}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, *flags, str(root / "run.py"), *arguments]
+    command = [sys.executable, *flags, str(ROOT / "run.py"), *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return done, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def run_clone(clone: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The clone's run.py in a copy of this process, which has imported Hydra already."""
+    said, errors = cwd / ".stdout", cwd / ".stderr"
+    process = call(become, clone, cwd, arguments, output=said, errors=errors)
+    done = subprocess.CompletedProcess(arguments, process.wait(120), said.read_text(), errors.read_text())
+    said.unlink()
+    errors.unlink()
+    return done
+
+
+def become(clone: Path, cwd: Path, arguments: Sequence[str]) -> int:
+    """Turn this process into the clone's run.py."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tartvg"]:
+        del sys.modules[name]
+    for name in ("TARTVG_ROOT", "HYDRA_FULL_ERROR"):
+        os.environ.pop(name, None)
+    GlobalHydra.instance().clear()
+    os.chdir(cwd)
+    sys.path.insert(0, str(clone))
+    sys.argv = [str(clone / "run.py"), *arguments]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0  # type: ignore[return-value]
+    return 0
 
 
 def run_within(
@@ -69,12 +97,18 @@ def test_every_sweep_composes_and_so_does_each_of_its_jobs(sweep: str) -> None:
     assert cfg.hydra.mode.name == "MULTIRUN"
     assert len(cfg.hydra.sweeper.params) >= 1
     of = axes(cfg.hydra.sweeper.params)
-    for key, values in of.items():
-        for value in values:
-            composed(f"sweeps={sweep}", f"{key}={value}")
+    # The seeds alone differ only where nothing else does: one cell of each variant, and every seed without variants.
+    named = {}
+    for cell in cells(of):
+        variant = tuple(o for o in cell if not o.startswith("seed="))
+        if variant not in named or not variant:
+            named[variant] = composed(f"sweeps={sweep}", *cell).name
     # One folder per cell, or the cells would overwrite each other.
     folders = [
-        (composed(f"sweeps={sweep}", cell[0]).name, [o for o in cell if not o.startswith("experiments=")])
+        (
+            named[tuple(o for o in cell if not o.startswith("seed="))],
+            [o for o in cell if not o.startswith("experiments=")],
+        )
         for cell in cells(of)
     ]
     names = {job_name(name, ",".join(rest)) for name, rest in folders}
@@ -267,7 +301,7 @@ def seen(cwd: Path) -> dict[str, list[int]]:
 
 def test_single_run_writes_into_its_name_and_nothing_else(clone: Path, tmp_path: Path) -> None:
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
-    done, _ = run("name=a/b", root=clone, cwd=tmp_path)
+    done = run_clone(clone, tmp_path, "name=a/b")
     assert (done.returncode, done.stderr) == (0, "")
     assert [path for path in tmp_path.rglob("*") if path.is_file() and clone not in path.parents] == [
         tmp_path / "runs" / "a" / "b" / "seen.json"
@@ -276,15 +310,15 @@ def test_single_run_writes_into_its_name_and_nothing_else(clone: Path, tmp_path:
 
 def test_exit_codes_of_a_single_run(clone: Path, tmp_path: Path) -> None:
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
-    failed, _ = run("seed=1", "name=x", root=clone, cwd=tmp_path)
+    failed = run_clone(clone, tmp_path, "seed=1", "name=x")
     assert failed.returncode == 1
     assert "RuntimeError: no luck" in failed.stderr
-    assert run("seed=3", "name=y", root=clone, cwd=tmp_path)[0].returncode == 3
+    assert run_clone(clone, tmp_path, "seed=3", "name=y").returncode == 3
 
 
 def test_jobs_of_a_sweep_have_their_own_folders_and_survive_a_failure(clone: Path, tmp_path: Path) -> None:
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
-    done, _ = run("sweeps=anchors", "anchors=one,three", "name=t", "stage=grpo1", root=clone, cwd=tmp_path)
+    done = run_clone(clone, tmp_path, "sweeps=anchors", "anchors=one,three", "name=t", "stage=grpo1")
     assert done.returncode == 1
     assert done.stderr.count("\nRuntimeError: no luck") == 2
     assert "The job anchors=three,seed=1 failed (exit code 1)" in done.stderr
@@ -302,34 +336,36 @@ def test_jobs_of_a_sweep_have_their_own_folders_and_survive_a_failure(clone: Pat
 def test_a_table_needs_no_flag_and_one_cell_of_it_runs_in_its_place(clone: Path, tmp_path: Path) -> None:
     """As a W&B agent gives it: the same folder as in the whole sweep."""
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE.replace("config.seed])", "config.reuse_stages])"))
-    done, _ = run("sweeps=anchors", "anchors=three", "seed=2", root=clone, cwd=tmp_path)
+    done = run_clone(clone, tmp_path, "sweeps=anchors", "anchors=three", "seed=2")
     assert (done.returncode, seen(tmp_path)) == (0, {"anchors/anchors=three,seed=2": [3, True]})
 
 
 def test_an_experiment_keeps_its_name_in_a_sweep(clone: Path, tmp_path: Path) -> None:
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
-    done, _ = run("sweeps=stage_order", "experiments=stage_order/base", "seed=0,2", root=clone, cwd=tmp_path)
+    done = run_clone(clone, tmp_path, "sweeps=stage_order", "experiments=stage_order/base", "seed=0,2")
     assert (done.returncode, seen(tmp_path)) == (
         0, {"stage_order/base/seed=0": [2, 0], "stage_order/base/seed=2": [2, 2]}
     )  # fmt: skip
-    refused, _ = run("sweeps=stage_order", "experiments=stage_order/base", "seed=0", "name=x", root=clone, cwd=tmp_path)
+    refused = run_clone(clone, tmp_path, "sweeps=stage_order", "experiments=stage_order/base", "seed=0", "name=x")
     assert refused.returncode == 2 and "name" in refused.stderr and "x/seed=0" not in seen(tmp_path)
 
 
 def test_jobs_of_a_sweep_share_a_group(clone: Path, tmp_path: Path) -> None:
     (clone / "tartvg" / "stages.py").write_text("def run(config):\n    print('group', config.tracking.group)\n")
     for extra, group in (([], "t/anchors"), (["tracking.group=mine"], "mine")):
-        done, _ = run("sweeps=anchors", "seed=0", "name=t", "stage=grpo1", *extra, root=clone, cwd=tmp_path)
+        done = run_clone(
+            clone, tmp_path, "sweeps=anchors", "anchors=one,two", "seed=0", "name=t", "stage=grpo1", *extra
+        )
         assert {line for line in done.stdout.splitlines() if line.startswith("group")} == {f"group {group}"}
-    done, _ = run("sweeps=stage_order", "seed=0", root=clone, cwd=tmp_path)  # whose variants bring their own names
+    done = run_clone(clone, tmp_path, "sweeps=stage_order", "seed=0")  # whose variants bring their own names
     assert {line for line in done.stdout.splitlines() if line.startswith("group")} == {"group stage_order/stage_order"}
-    done, _ = run("name=t", root=clone, cwd=tmp_path)
+    done = run_clone(clone, tmp_path, "name=t")
     assert "group None" in done.stdout, "the tracker takes the name of the run"
 
 
 def test_sweep_of_several_devices_needs_an_outer_launcher(clone: Path, tmp_path: Path) -> None:
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
-    done, _ = run("-m", "seed=0", "trainer=ddp", root=clone, cwd=tmp_path)
+    done = run_clone(clone, tmp_path, "-m", "seed=0", "trainer=ddp")
     assert done.returncode == 2
     assert "trainer.devices" in done.stderr
     assert seen(tmp_path) == {}
