@@ -136,6 +136,13 @@ def response_from_json(value: dict[str, Any]) -> Response:
     )
 
 
+def reward_from_json(value: dict[str, Any]) -> RewardBreakdown:
+    """Inverse of `to_json`. Older files have the terms beside the total instead of below `terms`."""
+    terms = dict(value)
+    total, anchor_ious = terms.pop("total"), tuple(terms.pop("anchor_ious"))
+    return RewardBreakdown(total, terms.get("terms", terms), anchor_ious)
+
+
 def group_from_json(value: dict[str, Any]) -> RolloutGroup:
     """Inverse of `to_json`."""
     rollouts = []
@@ -143,11 +150,8 @@ def group_from_json(value: dict[str, Any]) -> RolloutGroup:
         completion = dict(item["completion"])
         completion["token_ids"] = tuple(completion["token_ids"])
         completion["logps"] = tuple(completion["logps"])
-        reward = dict(item["reward"])
-        reward["anchor_ious"] = tuple(reward["anchor_ious"])
-        rollouts.append(
-            Rollout(Completion(**completion), response_from_json(item["response"]), RewardBreakdown(**reward))
-        )
+        response, reward = response_from_json(item["response"]), reward_from_json(item["reward"])
+        rollouts.append(Rollout(Completion(**completion), response, reward))
     prompt = Prompt(sample_from_json(value["prompt"]["sample"]), value["prompt"]["text"])
     return RolloutGroup(prompt, tuple(rollouts), value["step"])
 

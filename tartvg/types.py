@@ -6,6 +6,7 @@ annotation -> GroundingSample -> Prompt -> Completion -> Response -> RewardBreak
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -68,7 +69,7 @@ class Completion:
     token_ids: tuple[int, ...]
     """Completion tokens, including the end token when it was sampled."""
     logps: tuple[float, ...]
-    """log-probability (nats) of each token under the sampling policy at temperature 1."""
+    """Log-probability (nats) of each token under the policy that sampled it, at its temperature (greedy: 1)."""
     is_finished: bool
     """False when the length limit cut the completion."""
 
@@ -119,16 +120,8 @@ class RewardBreakdown:
     """The reward of one response: the total that trains, and the raw terms that it is made of."""
 
     total: float
-    format: float
-    """1 if the output has the format, else 0 (raw: before its weight)."""
-    iou: float
-    """Overlap of the answer with the truth: soft IoU by default, in (-1, 1]."""
-    tar1: float
-    """Position-weighted anchor overlap."""
-    tar2: float
-    """Deviation of the number of anchors from the target, a cost >= 0."""
-    tar3: float
-    """Sum of +1 for each refined anchor, -1 for each that is not."""
+    terms: Mapping[str, float]
+    """Each term before its weight, by the names of `rewards.rubric.TERMS` and in that order."""
     anchor_ious: tuple[float, ...] = ()
     """Soft IoU of each anchor with the truth, in order."""
 
@@ -207,12 +200,13 @@ class Scorecard:
     """Share of sampled outputs whose format is right, whatever the number of anchors."""
     valid_rate: Estimate = NO_ESTIMATE
     """Share of sampled outputs with the right format and at least two anchors (the paper's format figure)."""
-    anchors_mean: float = 0.0
+    count_mean: float = 0.0
+    """Anchors per sampled output."""
     anchored_rate: float = 0.0
     """Share of sampled outputs whose reasoning holds at least one anchor."""
     refinement_rate: float = 0.0
     """Share of successive anchors whose soft IoU grew."""
-    consistency_rate: float = 0.0
+    answer_match_rate: float = 0.0
     """Share of answers that equal the last anchor."""
     oracle_iou: float = 0.0
     """Mean over queries of the best sampled answer's IoU: what the policy could say if it chose well."""

@@ -106,7 +106,7 @@ def call(function, *arguments, output, errors=None):
     code = 1
     try:
         _redirect((output, errors or output))
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # pytest's own are files
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))  # not what pytest keeps
         code = function(*arguments) or 0
     except BaseException:
         traceback.print_exc()

@@ -80,12 +80,13 @@ def check_reward(text, response, rubric, reward):
     setting, anchors = rubric.reward, rubric.anchors
     paid = min(response.num_anchors, anchors.max)
     assert math.isfinite(reward.total), text
-    assert reward.format in (0.0, 1.0)
-    assert not (reward.format and response.num_anchors > anchors.max), text
-    assert reward.iou == setting.unparsed_iou if response.answer is None else -1 <= reward.iou <= 1, text
-    assert abs(reward.tar1) <= paid * (paid + 1) / 2, text
-    assert abs(reward.tar3) <= max(paid - 1, 0), text
-    assert reward.tar2 >= 0
+    assert reward.terms["format"] in (0.0, 1.0)
+    assert not (reward.terms["format"] and response.num_anchors > anchors.max), text
+    iou = reward.terms["iou"]
+    assert iou == setting.unparsed_iou if response.answer is None else -1 <= iou <= 1, text
+    assert abs(reward.terms["tar1"]) <= paid * (paid + 1) / 2, text
+    assert abs(reward.terms["tar3"]) <= max(paid - 1, 0), text
+    assert reward.terms["tar2"] >= 0
     assert len(reward.anchor_ious) == response.num_anchors
     assert all(-1 <= v <= 1 for v in reward.anchor_ious), text
     # no completion earns more than a perfect one that uses every paid anchor

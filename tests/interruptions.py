@@ -31,8 +31,8 @@ def rows(path):
 
 
 def metrics(path):
-    """Everything but wall time."""
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows(path)]
+    """Everything but wall time and memory."""
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "perf/"))} for row in rows(path)]
 
 
 def results(run):

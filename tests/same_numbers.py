@@ -96,7 +96,7 @@ def main() -> int:
                 done = folder / "r/evaluate/grpo2/scores.json"
                 found.append(results(folder / "r" if done.exists() else run(checkout, strategy, names, folder, data)))
             differences = compare(*found)
-            print(f"{strategy}: {len(found[1])} files, {'equal' if not differences else differences}", flush=True)
+            print(f"{strategy}: {len(found[1])} files, {differences or 'equal'}", flush=True)
             code = code or int(bool(differences))
     return code
 

@@ -80,7 +80,7 @@ def compliance_table(predictions: Sequence[Prediction], max_anchors: int | None 
                 Cell(str(len(sampled_of(part)))),
                 _share(card.format_rate),
                 _share(card.valid_rate),
-                Cell(f"{card.anchors_mean:.2f}"),
+                Cell(f"{card.count_mean:.2f}"),
                 _share(card.miou),
             )
         )

@@ -30,6 +30,8 @@ THRESHOLDS = (0.3, 0.5, 0.7)
 """The paper's."""
 ALL_THRESHOLDS = (0.1, *THRESHOLDS)
 """With the one that works on TACoS add."""
+RENAMED = {"anchors_mean": "count_mean", "consistency_rate": "answer_match_rate"}
+"""Fields of older scores.json files, and their names today."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,10 @@ def score(
     """Score predictions against the annotated queries; see the module for the conventions.
 
     `format_rate`: share of sampled completions without a fault. `valid_rate`: without a fault, with at least two
-    anchors and, given `max_anchors`, not more than that. `anchors_mean`: anchors per completion. `anchored_rate`: share
+    anchors and, given `max_anchors`, not more than that. `count_mean`: anchors per completion. `anchored_rate`: share
     of completions with an anchor. `refinement_rate`: share of successive anchor pairs whose soft IoU with the best
     window grew; a tie did not grow; 0 without any pair.
-    `consistency_rate`: share of readable answers that are the last anchor, as the parser compares them
+    `answer_match_rate`: share of readable answers that are the last anchor, as the parser compares them
     (`Fault.ANSWER_MISMATCH`); an answer without anchors is not.
     `oracle_iou`: mean over all queries of the best sampled answer's IoU, 0 for a query without one.
 
@@ -113,10 +115,10 @@ def score(
         recall={float(t): over_queries((ious > t if strict else ious >= t).astype(float)) for t in thresholds},
         format_rate=over_completions(not p.faults for p in sampled),
         valid_rate=over_completions(_is_valid(p, max_anchors) for p in sampled),
-        anchors_mean=_mean([len(p.anchors) for p in sampled]),
+        count_mean=_mean([len(p.anchors) for p in sampled]),
         anchored_rate=_mean([bool(p.anchors) for p in sampled]),
         refinement_rate=_mean([grew for p in sampled for grew in _refinements(p, by_id[p.sample_id])]),
-        consistency_rate=_mean([_is_consistent(p) for p in sampled if p.answer is not None]),
+        answer_match_rate=_mean([_is_consistent(p) for p in sampled if p.answer is not None]),
         oracle_iou=sum(best.values()) / len(samples),
     )
 
@@ -159,6 +161,7 @@ def scorecard_to_json(card: Scorecard, conventions: Conventions) -> dict[str, An
 
 def scorecard_from_json(value: Mapping[str, Any]) -> Scorecard:
     """The scorecard of `scorecard_to_json` or `records.to_json`: thresholds are strings there and estimates lists."""
+    value = {RENAMED.get(name, name): item for name, item in value.items()}
     known = {f.name: value[f.name] for f in fields(Scorecard) if f.name in value}
     estimates = {name: Estimate(*value[name]) for name in ("miou", "format_rate", "valid_rate")}
     recall = {float(t): Estimate(*e) for t, e in value["recall"].items()}

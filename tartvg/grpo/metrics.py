@@ -15,6 +15,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, fl
     Every key is always there and finite. Rates are in [0, 1], standard deviations are over the population, lengths
     are tokens; a rate of nothing (no successive anchors, no answers) is 0.
 
+    - reward/<term>_mean: each term of the rewards before its weight
     - anchors/valid_rate: right format and N >= 2 (the paper's format figure); target_rate: right format and N == K
     - anchors/anchored_rate: share of completions whose reasoning holds an anchor; pairs_mean: successive anchors each
     - anchors/refinement_rate: share of successive anchors whose soft IoU grew (delta_i = +1 of TAR3)
@@ -34,11 +35,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, fl
     return {
         "reward/total_mean": fmean(r.total for r in rewards),
         "reward/total_std": pstdev([r.total for r in rewards]),
-        "reward/format_mean": fmean(r.format for r in rewards),
-        "reward/iou_mean": fmean(r.iou for r in rewards),
-        "reward/tar1_mean": fmean(r.tar1 for r in rewards),
-        "reward/tar2_mean": fmean(r.tar2 for r in rewards),
-        "reward/tar3_mean": fmean(r.tar3 for r in rewards),
+        **{f"reward/{name}_mean": fmean(r.terms[name] for r in rewards) for name in rewards[0].terms},
         **_anchor_metrics(rollouts, target),
         "group/zero_variance_rate": _rate(min(group) == max(group) for group in totals),
         "group/reward_std_mean": fmean(pstdev(group) for group in totals),
@@ -51,7 +48,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, fl
 
 
 def _anchor_metrics(rollouts: Sequence[Rollout], target: int) -> dict[str, float]:
-    well_formed = [r.response.num_anchors if r.reward.format == 1.0 else 0 for r in rollouts]
+    well_formed = [r.response.num_anchors if r.reward.terms["format"] == 1.0 else 0 for r in rollouts]
     answered = [r.response for r in rollouts if r.response.answer is not None]
     return {
         "anchors/count_mean": fmean(r.response.num_anchors for r in rollouts),

@@ -41,6 +41,10 @@ ADVICE = {
 """What the user can do about a file that the system refuses."""
 
 
+LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL error: remote process")
+"""What the messages of gloo and NCCL contain when another rank has ended."""
+
+
 class JobFailed(Exception):
     """A job ended with an exit code; what there is to say has been printed."""
 
@@ -192,5 +196,8 @@ def _report(error: Exception) -> int:
     elif isinstance(error, OSError) and error.errno in ADVICE:
         print(f"error: {error.filename or 'a file'}: {error.strerror}; {ADVICE[error.errno]}", file=sys.stderr)
         return 1
-    traceback.print_exception(error)
+    elif isinstance(error, RuntimeError) and is_started() and any(text in str(error) for text in LOST_RANK):
+        print(f"rank {os.environ['RANK']} lost the connection to another rank, which says why", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
     return 1

@@ -66,6 +66,8 @@ class Load:
     """Whether a second, frozen adapter is kept."""
     at_once: int | None = None
     """Prompts that are sampled in one batch; None: all of the step."""
+    rows_per_pass: int | None = None
+    """Completions of a group per forward pass of an update; None: all."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,6 @@ class ShapePolicy(Policy):
             self.model = new_adapter(base.eval(), settings.lora, 0)
         self._core = [base]
         self.timer = PhaseTimer()
-        self.lockstep_head_calls = 0
         self.banned = [0]
         self.vocabulary = int(config.get_text_config().vocab_size)
         self.tokenizer = range(self.vocabulary)
@@ -262,8 +263,9 @@ def _peaks(settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load) -> dict
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
                 known.append(parameter.grad)
-        one = replace(load, group_size=1)
-        work = {"sample": (_sample, load), "update": (_update, load), "update_one": (_update, one)}
+        rows = min(load.group_size, load.rows_per_pass or load.group_size)
+        some, one = replace(load, group_size=rows), replace(load, group_size=1)
+        work = {"sample": (_sample, load), "update": (_update, some), "update_one": (_update, one)}
         return {name: _measured(policy, known, size, function) for name, (function, size) in work.items()}
 
 

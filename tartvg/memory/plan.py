@@ -39,7 +39,12 @@ class Plan:
 
     @property
     def least(self) -> int:
-        """The largest phase when groups that do not fit are computed in parts: slower, and the same numbers."""
+        """The largest phase when groups that do not fit are computed in parts: slower, and the same numbers.
+
+        Under ZeRO-3 an update cannot be tried again, so nothing is spared there.
+        """
+        if self.trainer.strategy.zero_stage == 3:
+            return self.peak
         added = {**self.added, "update": self.added["update"] - self.spared}
         return sum(self.kept.values()) + max(added.values()) + self.overhead
 
@@ -54,6 +59,7 @@ def load_of(config: Config) -> Load:
         new_tokens=config.grpo.sampling.max_new_tokens,
         has_reference=True,
         at_once=config.grpo.prompts_at_once,
+        rows_per_pass=config.grpo.rows_per_pass,
     )
 
 
@@ -128,6 +134,10 @@ def changes(config: Config) -> Iterator[tuple[str, Config]]:
     grpo, frames = config.grpo, config.policy.frames
     if grpo.prompts_at_once != 1:
         yield "grpo.prompts_at_once=1", replace(config, grpo=replace(grpo, prompts_at_once=1))
+    rows = config.grpo.rows_per_pass or grpo.group_size
+    while rows > 1:
+        rows //= 2
+        yield f"grpo.rows_per_pass={rows}", replace(config, grpo=replace(grpo, rows_per_pass=rows))
     for factor in (2, 4):
         prompts = max(1, grpo.prompts_per_step // factor)
         yield f"grpo.prompts_per_step={prompts}", replace(config, grpo=replace(grpo, prompts_per_step=prompts))

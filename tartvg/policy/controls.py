@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 
 from tartvg.policy.features import VideoFeatures
-from tartvg.policy.policy import PreparedPrompt, stream_seed
+from tartvg.policy.policy import PreparedPrompt
+from tartvg.policy.sampling import stream_seed
 
 
 def shuffled(prepared: PreparedPrompt) -> PreparedPrompt:

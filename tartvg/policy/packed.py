@@ -91,7 +91,7 @@ def packed_states(
 
     prompt (1, L, hidden) and rows (G, T, hidden) are embeddings; positions are int64 (3, L) and (T,), the latter
     shared by all rows. `attention` names the library's implementation. With `use_reentrant` each layer is repeated
-    in a backward pass of its own, see `Policy.lockstep`.
+    in a backward pass of its own (for ZeRO-3, see `Policy.logps`).
     """
     (group, own, width), before = rows.shape, prompt.shape[1]
     num_rows = group if own else 0

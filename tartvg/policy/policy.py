@@ -5,7 +5,6 @@ Legend: P prompts, G rollouts per prompt, R = P * G rows, S prompt tokens, T com
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,18 +68,15 @@ def token_batch(completions: Sequence[Completion], device: torch.device) -> Toke
     return TokenBatch(ids.to(device), mask.to(device), logps.to(device))
 
 
-def stream_seed(*parts: object) -> int:
-    """A seed that depends on all parts and on nothing else: rollouts survive a restart unchanged."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 class Policy(torch.nn.Module):
     """Base model, LoRA adapter, reference and tokenizer behind the few operations that training needs.
 
     `adapter` None starts a fresh adapter (the base itself); a folder continues that adapter. The reference is the
     policy at this moment: the base without adapter, or a frozen copy of the loaded adapter.
     """
+
+    lockstep_head_calls = 0
+    """Inside `lockstep`: how often each call of `logps` calls the output head; 0 outside."""
 
     def __init__(self, settings: PolicyConfig, adapter: Path | None = None, seed: int = 0) -> None:
         super().__init__()
@@ -99,8 +95,6 @@ class Policy(torch.nn.Module):
         self.disk = self._disk_cache()
         self.clips = ClipReader()
         self.timer = PhaseTimer()
-        self.lockstep_head_calls = 0
-        """Inside `lockstep`: how often each call of `logps` calls the output head; 0 outside."""
         banned = [self.tokenizer.convert_tokens_to_ids(t) for t in NEVER_SAMPLED]
         self.banned = [b for b in banned if b is not None and b != self.tokenizer.unk_token_id]
         self.end_id = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))

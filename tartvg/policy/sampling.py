@@ -5,6 +5,7 @@ Legend: P prompts, G rollouts per prompt, R = P * G rows, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -60,3 +61,9 @@ def uniforms(streams: Sequence[torch.Generator], group_size: int) -> Tensor:
 def greedy(settings: SamplingConfig) -> SamplingConfig:
     """The same limits, without randomness."""
     return replace(settings, temperature=0.0, top_p=1.0, top_k=0)
+
+
+def stream_seed(*parts: object) -> int:
+    """A seed that depends on all parts and on nothing else: rollouts survive a restart unchanged."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

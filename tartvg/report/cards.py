@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.ticker import MaxNLocator
 
+from tartvg import rewards
 from tartvg.evaluation.score import answer_iou
 from tartvg.report.questions import question_of
 from tartvg.report.strips import Lane, contact_row, lane_text, lanes_of
@@ -189,9 +190,10 @@ def rollouts_html(groups: Sequence[RolloutGroup]) -> str:
 
 def terms_html(reward: RewardBreakdown) -> str:
     """Every term of a reward, before its weight, and the weighted total."""
+    titles = {term.name: term.title for term in rewards.rubric.TERMS}
     terms = [
-        *(("total", reward.total), ("format", reward.format), ("answer IoU", reward.iou)),
-        *(("TAR1", reward.tar1), ("TAR2", reward.tar2), ("TAR3", reward.tar3)),
+        ("total", reward.total),
+        *((titles.get(name, name), value) for name, value in reward.terms.items()),
         *((f"anchor {i} IoU", value) for i, value in enumerate(reward.anchor_ious, start=1)),
     ]
     listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{value:.2f}</dd></div>" for name, value in terms)

@@ -81,7 +81,7 @@ def comparison_table(comparison: Comparison) -> Table:
             row.append(Cell(spread([COLUMNS[name](card) for card in cards])))
             if has_paper and name in METRICS:
                 row.append((papers[variant] or {}).get(name) or Cell(DASH, is_paper=True))
-        row.append(Cell(spread([card.anchors_mean for card in cards])))
+        row.append(Cell(spread([card.count_mean for card in cards])))
         rows.append(tuple(row))
     names = [n for name in ORDER for n in ((name, PAPER_COLUMN + name) if has_paper and name in METRICS else (name,))]
     note = _scores_note(comparison) + (paper_note(comparison.axes) if has_paper else "")

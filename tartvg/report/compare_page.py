@@ -127,7 +127,7 @@ def closing_table(comparison: Comparison, stage: str) -> Table | None:
 def closing(lines: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
     """Mean of every metric, except times and progress, over the last lines."""
     last = lines[-max(1, round(LAST_SHARE * len(lines))) :]
-    names = {n for line in last for n in line if not n.startswith(("time/", "progress/"))}
+    names = {n for line in last for n in line if not n.startswith(("time/", "perf/", "memory/", "progress/"))}
     found = {name: [v for line in last if (v := line.get(name)) is not None] for name in names}
     return {name: mean(values) for name, values in found.items() if values}
 

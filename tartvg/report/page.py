@@ -17,7 +17,7 @@ from tartvg.report.paper import paper_tables
 from tartvg.report.runs import TARGETS, RunFolder, first_and_last_groups, read_run
 from tartvg.report.strips import ANCHOR_COLOUR, ANSWER_COLOUR, TRUTH_COLOUR
 from tartvg.report.style import CSS
-from tartvg.report.tables import Table, filter_table, percent, seconds_table, stage_table, to_html
+from tartvg.report.tables import Table, filter_table, percent, seconds_table, stage_table, throughput_table, to_html
 from tartvg.types import GroundingSample, Scorecard
 
 NO_PAGES: Mapping[str, str] = {}
@@ -175,7 +175,7 @@ def _time(run: RunFolder) -> str:
     table = seconds_table(run.metrics, run.manifests)
     unfinished = [stage for stage, manifest in run.manifests.items() if not manifest.get("finished", False)]
     note = f'<p class="note">Not finished: {escape(", ".join(unfinished))}.</p>' if unfinished else ""
-    return f"{to_html(table)}{note}" if table else note
+    return f"{_table(table)}{note}{_table(throughput_table(run.metrics))}"
 
 
 def _examples(run: RunFolder, samples_by_id: Mapping[str, GroundingSample]) -> str:

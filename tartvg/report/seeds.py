@@ -34,7 +34,7 @@ def scores_table(runs: Sequence[RunFolder]) -> Table:
     for target in TARGETS:
         cards = [run.scores[target] for run in runs if target in run.scores]
         cells = [Cell(spread([read(card) for card in cards])) for read in COLUMNS.values()]
-        rows.append((Cell(target), *cells, Cell(spread([card.anchors_mean for card in cards]))))
+        rows.append((Cell(target), *cells, Cell(spread([card.count_mean for card in cards]))))
     queries = {card.num_queries for run in runs for card in run.scores.values()}
     note = f"Percent, mean ± standard deviation over {len(runs)} runs of {'/'.join(map(str, sorted(queries)))} queries."
     return Table("Scores over seeds", ("policy", *COLUMNS, "anchors"), tuple(rows), note)

@@ -133,9 +133,9 @@ def stage_table(scores: Mapping[str, Scorecard]) -> Table:
                 _estimate(card.format_rate),
                 _estimate(card.valid_rate),
                 Cell(percent(card.anchored_rate)),
-                Cell(f"{card.anchors_mean:.2f}"),
+                Cell(f"{card.count_mean:.2f}"),
                 Cell(percent(card.refinement_rate)),
-                Cell(percent(card.consistency_rate)),
+                Cell(percent(card.answer_match_rate)),
                 _estimate(card.miou),
                 *(_estimate(card.recall[t]) if t in card.recall else Cell(DASH) for t in thresholds),
             )
@@ -193,6 +193,31 @@ def seconds_table(metrics: Mapping[str, Metrics], manifests: Mapping[str, Mappin
     )  # fmt: skip
     columns = ("Stage", *(p.replace("_", " ") for p in phases), "whole stage")
     return Table("Where the time went", columns, rows, "Sums over all logged steps of rank 0, on the wall clock.")
+
+
+def throughput_table(metrics: Mapping[str, Metrics]) -> Table | None:
+    """Mean throughput and peak memory by stage, over the steps that log them. None: no stage does."""
+    names = {
+        "Seconds per step": "perf/seconds_per_step",
+        "Tokens/s sampled": "perf/tokens_per_second_sampled",
+        "Tokens/s trained": "perf/tokens_per_second_trained",
+        "MFU, %": "perf/mfu",
+        "Peak memory, GiB": "memory/peak_gib",
+    }
+
+    def cell(stage: str, name: str) -> Cell:
+        values = [value for line in metrics.get(stage, []) if (value := line.get(name)) is not None]
+        if not values:
+            return Cell(DASH)
+        if name == "memory/peak_gib":
+            return Cell(f"{max(values):.2f}")
+        mean = sum(values) / len(values)
+        return Cell(f"{100 * mean:.1f}" if name == "perf/mfu" else f"{mean:.2f}" if mean < 100 else f"{mean:.0f}")
+
+    stages = [s for s in LOGGED_STAGES if any(line.get("memory/peak_gib") is not None for line in metrics.get(s, []))]
+    rows = tuple((Cell(stage), *(cell(stage, name) for name in names.values())) for stage in stages)
+    note = "Means over logged steps, over all ranks; memory is the peak of the rank that needs most."
+    return Table("Throughput and memory", ("Stage", *names), rows, note) if rows else None
 
 
 def duration(seconds: float) -> str:

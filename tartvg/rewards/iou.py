@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from tartvg import spans
 from tartvg.config import IouKind
+from tartvg.rewards.term import ScoredResponse
 from tartvg.types import Span
 
 OVERLAPS: dict[IouKind, Callable[[Span, Span], float]] = {
@@ -14,10 +15,11 @@ OVERLAPS: dict[IouKind, Callable[[Span, Span], float]] = {
 }
 
 
-def iou_reward(answer: Span | None, truth: Span, *, kind: IouKind, unparsed: float) -> float:
-    """Overlap of the answer with the truth, in (-1, 1] if soft and [0, 1] if hard (arXiv 2508.07683, rsIoU).
+def iou_reward(scored: ScoredResponse) -> float:
+    """Return the answer's overlap with the truth, in (-1, 1] if soft and [0, 1] if hard (arXiv 2508.07683, rsIoU).
 
-    An answer that could not be read gets `unparsed`; at -1, the infimum of soft IoU, being unreadable never beats
-    being wrong.
+    An answer that could not be read gets `reward.unparsed_iou`; at -1, the infimum of soft IoU, being unreadable never
+    beats being wrong.
     """
-    return unparsed if answer is None else OVERLAPS[kind](answer, truth)
+    answer, reward = scored.response.answer, scored.reward
+    return reward.unparsed_iou if answer is None else OVERLAPS[reward.iou](answer, scored.sample.target)

@@ -1,54 +1,59 @@
-"""The rubric: named terms and weights -> the total that trains, and the raw terms that it is made of."""
+"""The table of reward terms, and the rubric that weights them: one total that trains, and the terms behind it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from tartvg.config import AnchorsConfig, RewardConfig
 from tartvg.rewards.format import format_reward
 from tartvg.rewards.iou import OVERLAPS, iou_reward
-from tartvg.rewards.tar1 import tar1_reward
+from tartvg.rewards.tar1 import tar1_rewards
 from tartvg.rewards.tar2 import tar2_cost
-from tartvg.rewards.tar3 import tar3_reward
+from tartvg.rewards.tar3 import tar3_rewards
+from tartvg.rewards.term import ScoredResponse, Term
 from tartvg.spans import soft_iou
 from tartvg.types import GroundingSample, Response, RewardBreakdown
+
+TERMS: tuple[Term, ...] = (
+    Term("format", "format", "format_weight", format_reward, is_paid_above_cap=True),
+    Term("iou", "answer IoU", "iou_weight", iou_reward, is_paid_above_cap=True),
+    Term("tar1", "TAR1", "tar1_weight", tar1_rewards),
+    Term("tar2", "TAR2", "beta", tar2_cost, is_cost=True, is_paid_above_cap=True),
+    Term("tar3", "TAR3", "gamma", tar3_rewards),
+)
+"""All terms, in the order of summation. Metrics, tables, the dashboard and the report's cards follow this table."""
 
 
 @dataclass(frozen=True)
 class Rubric:
-    """Judges one response against one sample; holds settings only, so equal inputs get equal rewards."""
+    """Scores one response against one sample; holds settings only, so equal inputs get equal rewards."""
 
     reward: RewardConfig
     anchors: AnchorsConfig
 
     def score(self, response: Response, sample: GroundingSample) -> RewardBreakdown:
-        """format_weight * format + iou_weight * iou + tar1_weight * TAR1 - beta * TAR2 + gamma * TAR3.
+        """Sum the terms times their weights: by default format, IoU, TAR1, -TAR2 and TAR3.
 
-        Every term that can be read is paid, even when the format fails. Above `anchors.max` anchors TAR1 and TAR3 see
-        the first `max` only, while TAR2 counts all. The truth is `sample.target`; a sample without windows (a blind
-        test set) raises ValueError. Source: arXiv 2508.07683, total reward.
+        Every term that can be read is paid, even when the format fails. The truth is `sample.target`; a sample without
+        windows (a blind test set) raises ValueError. Source: arXiv 2508.07683, total reward.
+        """
+        values = self.raw_terms(response, sample)
+        terms = {name: float(sum(v)) if isinstance(v, Sequence) else v for name, v in values.items()}
+        total = 0.0
+        for term in TERMS:
+            total += term.signed_weight(self.reward) * terms[term.name]
+        return RewardBreakdown(total, terms, tuple(soft_iou(anchor, sample.target) for anchor in response.anchors))
+
+    def raw_terms(self, response: Response, sample: GroundingSample) -> dict[str, float | Sequence[float]]:
+        """Compute every term before its weight; a term of anchors gives one value per paid anchor.
+
+        Raises ValueError for a sample without windows.
         """
         if not sample.windows:
             raise ValueError(f"sample {sample.sample_id!r} has no ground-truth window to reward against")
-        setting, truth = self.reward, sample.target
-        overlap = OVERLAPS[setting.iou]
-        paid_ious = [overlap(anchor, truth) for anchor in response.anchors[: self.anchors.max]]
-        form = format_reward(
-            response,
-            max_anchors=self.anchors.max,
-            needs_anchors=setting.needs_anchors,
-            answer_is_last_anchor=setting.answer_is_last_anchor,
-        )
-        iou = iou_reward(response.answer, truth, kind=setting.iou, unparsed=setting.unparsed_iou)
-        tar1 = tar1_reward(paid_ious)
-        tar2 = tar2_cost(response.num_anchors, self.anchors.target, setting.tar2_form)
-        tar3 = tar3_reward(paid_ious)
-        total = (
-            setting.format_weight * form
-            + setting.iou_weight * iou
-            + setting.tar1_weight * tar1
-            - setting.beta * tar2
-            + setting.gamma * tar3
-        )
-        anchor_ious = tuple(soft_iou(anchor, truth) for anchor in response.anchors)
-        return RewardBreakdown(total, form, iou, tar1, tar2, tar3, anchor_ious)
+        overlap, cap = OVERLAPS[self.reward.iou], self.anchors.max
+        ious = tuple(overlap(anchor, sample.target) for anchor in response.anchors)
+        whole = ScoredResponse(response, sample, ious, self.reward, self.anchors)
+        capped = replace(whole, response=replace(response, anchors=response.anchors[:cap]), anchor_ious=ious[:cap])
+        return {term.name: term.function(whole if term.is_paid_above_cap else capped) for term in TERMS}

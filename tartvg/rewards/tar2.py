@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from tartvg.config import CountPenalty
+from tartvg.rewards.term import ScoredResponse
 
 _FORMS: dict[CountPenalty, Callable[[int], float]] = {
     CountPenalty.abs: lambda deviation: float(abs(deviation)),
@@ -13,6 +14,6 @@ _FORMS: dict[CountPenalty, Callable[[int], float]] = {
 }
 
 
-def tar2_cost(num_anchors: int, target: int, form: CountPenalty) -> float:
-    """|N - K|, (N - K)^2 or [N != K], a cost >= 0 (arXiv 2508.07683, TAR2; the paper leaves the form open)."""
-    return _FORMS[form](num_anchors - target)
+def tar2_cost(scored: ScoredResponse) -> float:
+    """Return |N - K|, (N - K)^2 or [N != K], a cost >= 0 (arXiv 2508.07683, TAR2; the paper leaves the form open)."""
+    return _FORMS[scored.reward.tar2_form](scored.response.num_anchors - scored.anchors.target)

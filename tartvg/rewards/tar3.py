@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 
-
-def refinements(anchor_ious: Sequence[float]) -> list[int]:
-    """delta_2 .. delta_N: +1 where IoU grew, -1 where it did not; a tie is -1, so repeating an anchor costs."""
-    return [1 if after > before else -1 for before, after in pairwise(anchor_ious)]
+from tartvg.rewards.term import ScoredResponse
 
 
-def tar3_reward(anchor_ious: Sequence[float]) -> float:
-    """sum over i = 2..N of delta_i (arXiv 2508.07683, TAR3); 0 for fewer than two anchors."""
-    return float(sum(refinements(anchor_ious)))
+def tar3_rewards(scored: ScoredResponse) -> list[float]:
+    """Return 0 for the first anchor, then delta_2 .. delta_N (arXiv 2508.07683, TAR3).
+
+    delta is +1 where IoU grew and -1 where it did not; a tie is -1, so repeating an anchor costs.
+    """
+    ious = scored.anchor_ious
+    return [0.0] * min(1, len(ious)) + [1.0 if after > before else -1.0 for before, after in pairwise(ious)]

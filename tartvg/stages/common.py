@@ -48,8 +48,8 @@ def load_policy(config: Config, adapter: Path | None, *, is_trained: bool = Fals
     policy = Policy(settings, adapter, config.seed)
     policy.cache = _cache(f"{settings.path}@{settings.revision}:{settings.precision.value}", settings.feature_cache_mb)
     policy.clips = clip_reader(config)
-    is_split = is_trained and config.trainer.strategy.zero_stage == 3
-    if config.trainer.accelerator == "gpu" and not is_split:
+    is_partitioned = is_trained and config.trainer.strategy.zero_stage == 3
+    if config.trainer.accelerator == "gpu" and not is_partitioned:
         policy.to(torch.device("cuda", torch.cuda.current_device()))
     return policy
 

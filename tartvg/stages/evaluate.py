@@ -21,8 +21,8 @@ from tartvg.evaluation.detection import mean_average_precision, ranked_answers
 from tartvg.evaluation.lengths import scores_by_length
 from tartvg.evaluation.score import ALL_THRESHOLDS, Conventions, score, scorecard_to_json
 from tartvg.evaluation.submission import submission
-from tartvg.policy.policy import Policy, stream_seed
-from tartvg.policy.sampling import greedy
+from tartvg.policy.policy import Policy
+from tartvg.policy.sampling import greedy, stream_seed
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atomic, write_jsonl
 from tartvg.stages.common import adapter_of, base_identity, load_policy, prompts_of
@@ -193,10 +193,10 @@ def scores_as_metrics(card: Scorecard, dataset: str) -> dict[str, float]:
         "miou": card.miou.value,
         "format_rate": card.format_rate.value,
         "valid_rate": card.valid_rate.value,
-        "anchors_mean": card.anchors_mean,
+        "count_mean": card.count_mean,
         "anchored_rate": card.anchored_rate,
         "refinement_rate": card.refinement_rate,
-        "consistency_rate": card.consistency_rate,
+        "answer_match_rate": card.answer_match_rate,
         "oracle_iou": card.oracle_iou,
         "num_unparsed": float(card.num_unparsed),
         "num_missing": float(card.num_missing),

@@ -23,7 +23,7 @@ from tartvg.report.faithfulness import controls_table
 from tartvg.report.page import build_report
 from tartvg.report.questions import questions_of
 from tartvg.report.runs import RunFolder
-from tartvg.report.tables import Table, filter_table, seconds_table, stage_table, to_rich
+from tartvg.report.tables import Table, filter_table, seconds_table, stage_table, throughput_table, to_rich
 from tartvg.stages.folder import run_dir
 
 SWEEP = "sweep"
@@ -95,5 +95,6 @@ def _tables(run: RunFolder) -> list[Table]:
         alarms_table(run.path),
         filter_table(run.filtered) if run.filtered else None,
         seconds_table(run.metrics, run.manifests),
+        throughput_table(run.metrics),
     )
     return [stage_table(run.scores), *(table for table in beside if table)]

@@ -30,7 +30,7 @@ from tartvg.records import write_atomic
 PLACE = ".shared"
 OF_THE_RUN = ("manifest.json", "config.yaml", "wandb_id")
 """Files of a stage's folder that say whose it is."""
-NOT_RESULTS = ("checkpoints", "wandb", "batches", "retreats")
+NOT_RESULTS = ("checkpoints", "wandb", "batches")
 """Folders that a finished stage does not need."""
 DRAWN = (DatasetName.planted, DatasetName.planted_long)
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tartvg.policy.policy import stream_seed
+from tartvg.policy.sampling import stream_seed
 
 SAVE_EVERY = 100
 StepLosses = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from tartvg import rewards
 from tartvg.config import SettingError, TrackingConfig
 from tartvg.records import dumps
 from tartvg.timing import PHASES
@@ -87,7 +88,7 @@ def _training() -> tuple[Section, ...]:
                 Panel("Later anchor closer to the truth", ("anchors/refinement_rate",)),
                 Panel("Answer is the last anchor", ("anchors/answer_match_rate",)),
                 Panel("Same times with shuffled frames", ("anchors/shuffled_agreement",)),
-                Panel("Reward terms", ("reward/tar1_mean", "reward/tar2_mean", "reward/tar3_mean")),
+                Panel("Reward terms", tuple(f"reward/{term.name}_mean" for term in rewards.rubric.TERMS)),
             ),
         ),
         Section(
@@ -105,8 +106,13 @@ def _training() -> tuple[Section, ...]:
         ),
         Section("What it says", (Panel("Best and worst completions", ("rollout/examples",), PanelKind.table),)),
         Section(
-            "Where the time goes",
-            (Panel("Seconds by phase", tuple(f"time/{phase}_s" for phase in PHASES)),),
+            "Throughput and memory",
+            (
+                Panel("Tokens per second", ("perf/tokens_per_second_sampled", "perf/tokens_per_second_trained")),
+                Panel("Seconds per step", ("perf/seconds_per_step", *(f"time/{phase}_s" for phase in PHASES))),
+                Panel("Model FLOPs utilisation", ("perf/mfu",)),
+                Panel("Peak memory, GiB", ("memory/peak_gib",)),
+            ),
             is_open=False,
         ),
     )
@@ -117,7 +123,7 @@ def _evaluation(prefix: str) -> Section:
         "mIoU": ("miou",),
         "R1": ("r1@0.3", "r1@0.5", "r1@0.7"),
         "Format and valid": ("format_rate", "valid_rate"),
-        "Refined, and answer is the last anchor": ("refinement_rate", "consistency_rate"),
+        "Refined, and answer is the last anchor": ("refinement_rate", "answer_match_rate"),
         "mIoU with wrong videos": ("shuffled_control_miou", "other_control_miou"),
     }
     panels = [Panel(t, tuple(f"{prefix}/{name}" for name in names), PanelKind.bar) for t, names in bars.items()]

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tartvg import rewards
 from tartvg.spans import iou
 from tartvg.types import Prediction, Rollout, RolloutGroup, Span
 
-REWARD_COLUMNS = ("total", "format", "iou", "tar1", "tar2", "tar3", "anchor_ious")
-EXAMPLE_COLUMNS = ("step", "rank", "query", "text", "truth", "anchors", "answer", *REWARD_COLUMNS)
 ANSWER_COLUMNS = ("rank", "sample_id", "query", "text", "truth", "anchors", "answer", "iou", "faults")
 
 
+def example_columns() -> tuple[str, ...]:
+    """Return the columns of `example_rows`; every reward term has one."""
+    terms = (term.name for term in rewards.rubric.TERMS)
+    return ("step", "rank", "query", "text", "truth", "anchors", "answer", "total", *terms, "anchor_ious")
+
+
 def example_rows(groups: Sequence[RolloutGroup], step: int, num: int) -> list[list[Any]]:
-    """Rows of `EXAMPLE_COLUMNS`: the best `num` completions first, then the worst, none of them twice."""
+    """Rows of `example_columns`: the best `num` completions first, then the worst, none of them twice."""
     ranked = sorted(
         ((group, rollout) for group in groups for rollout in group.rollouts),
         key=lambda pair: pair[1].reward.total,
@@ -43,7 +48,6 @@ def _extremes(ranked: Sequence[Any], num: int) -> list[tuple[str, Any]]:
 
 def _example_row(rank: str, group: RolloutGroup, rollout: Rollout, step: int) -> list[Any]:
     response, reward = rollout.response, rollout.reward
-    terms = [reward.total, reward.format, reward.iou, reward.tar1, reward.tar2, reward.tar3]
     return [
         step,
         rank,
@@ -52,7 +56,8 @@ def _example_row(rank: str, group: RolloutGroup, rollout: Rollout, step: int) ->
         _text(group.prompt.sample.windows),
         _text(response.anchors),
         _answer(response.answer),
-        *terms,
+        reward.total,
+        *(reward.terms[term.name] for term in rewards.rubric.TERMS),
         ", ".join(f"{value:.3f}" for value in reward.anchor_ious),
     ]
 

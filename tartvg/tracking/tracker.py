@@ -19,14 +19,14 @@ from tartvg.config import TrackingConfig, TrackingMode
 from tartvg.monitors import Alarm
 from tartvg.records import append_jsonl, read_jsonl, to_json, write_jsonl
 from tartvg.tracking.summary import best_and_last
-from tartvg.tracking.tables import ANSWER_COLUMNS, EXAMPLE_COLUMNS, answer_rows, example_rows
+from tartvg.tracking.tables import ANSWER_COLUMNS, answer_rows, example_columns, example_rows
 from tartvg.tracking.wandb_backend import WandbRun
 from tartvg.types import Prediction, RolloutGroup
 
 STEP = "progress/step"
 ALARMS = "alarms.jsonl"
 MAX_ARTIFACT_NAME = 128
-PREFIXES = ("reward", "anchors", "group", "rollout", "loss", "optim", "time", "memory", "eval", "progress")
+PREFIXES = ("reward", "anchors", "group", "rollout", "loss", "optim", "perf", "time", "memory", "eval", "progress")
 
 
 def check_name(name: str) -> None:
@@ -150,7 +150,7 @@ class Tracker:
         """
         rows = example_rows(groups, step, self._settings.num_examples)
         if rows:
-            self._mirror(lambda run: run.table("rollout/examples", EXAMPLE_COLUMNS, rows, {STEP: int(step)}))
+            self._mirror(lambda run: run.table("rollout/examples", example_columns(), rows, {STEP: int(step)}))
 
     def answers(self, predictions: Sequence[Prediction], dataset: str) -> None:
         """The same for an evaluation: the best and the worst greedy answers by IoU."""

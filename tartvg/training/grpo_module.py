@@ -26,7 +26,8 @@ from tartvg.grpo import (
     rollout_metrics,
 )
 from tartvg.grpo.aggregation import divisor
-from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch, stream_seed, token_batch
+from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch, token_batch
+from tartvg.policy.sampling import stream_seed
 from tartvg.records import append_jsonl, group_from_json, to_json
 from tartvg.response import parse_response
 from tartvg.rewards import Rubric
@@ -131,6 +132,7 @@ class GrpoModule(StepModule):
         sampled = []
         for start in range(0, len(prompts), size):
             sampled += self.sample(prompts[start : start + size], step)
+        self.throughput.num_sampled += sum(len(c.token_ids) for _, _, completions in sampled for c in completions)
         with self.policy.timer("reward"):
             return [(index, p, self.score(p.prompt, completions, step)) for index, p, completions in sampled]
 

@@ -20,7 +20,8 @@ from tartvg.grpo import LossOutput
 from tartvg.launch.signals import PREEMPTION
 from tartvg.monitors import Watch
 from tartvg.policy.loading import save_adapter
-from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch, stream_seed
+from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
+from tartvg.policy.sampling import stream_seed
 from tartvg.records import dumps, flush_to_disk
 from tartvg.tracking import Tracker
 from tartvg.training import distributed
@@ -29,6 +30,7 @@ from tartvg.training.deepspeed import ZeroEngine
 from tartvg.training.engine import Engine
 from tartvg.training.faults import Faults, finite
 from tartvg.training.preemption import Stop
+from tartvg.training.throughput import Throughput
 from tartvg.training.update import GroupLoss, LocalUpdate, Update, UpdateResult
 from tartvg.training.validation import Selection
 from tartvg.training.zero3 import LockstepUpdate, Zero3Engine
@@ -102,6 +104,8 @@ class StepModule(pl.LightningModule):
         self.validation = validation
         self.start_step = 0 if checkpoint is None else checkpoint.step
         self.watch = Watch(run.monitors, run.target)
+        num_weights = sum(p.numel() for p in policy.language_model.parameters())
+        self.throughput = Throughput(num_weights, policy.device)
         self.faults = Faults(run.folder, run.max_skipped_steps, is_active=distributed.is_rank_zero())
         self.stop = Stop(run.stage, self.save)
         named = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
@@ -150,6 +154,7 @@ class StepModule(pl.LightningModule):
     def begin(self, step: int) -> None:
         """Validate when due; seed; set the learning rate. A step's randomness depends on seed, stage and step only."""
         self.stop.check()
+        self.throughput.begin()
         self.step_metrics = self.validate(step)
         ranks = [f"process {distributed.rank()}"] if distributed.rank() else []  # dropout differs between ranks
         torch.manual_seed(stream_seed(self.run.seed, self.run.stage, step, *ranks))
@@ -168,6 +173,7 @@ class StepModule(pl.LightningModule):
         self, prepared: PreparedPrompt, tokens: TokenBatch, compute: Callable[[slice], LossOutput]
     ) -> GroupLoss:
         """Describe the loss of one prompt and its completions to `update`."""
+        self.throughput.num_trained += prepared.inputs.length + int(tokens.mask.sum())
         return GroupLoss(prepared.prompt.sample.sample_id, len(tokens.ids), int(tokens.mask.sum()), compute)
 
     def skip(self, step: int, is_fault: bool) -> dict[str, float]:
@@ -198,7 +204,8 @@ class StepModule(pl.LightningModule):
         self.faults.share()
         metrics = metrics | self.step_metrics
         times = self.policy.timer.flush()
-        metrics |= dict(zip(times, distributed.all_reduce_max(*times.values()), strict=True))
+        times = dict(zip(times, distributed.all_reduce_max(*times.values()), strict=True))
+        metrics |= times | self.throughput.metrics(times)
         metrics["optim/lr"] = self._raw_optimizer().param_groups[0]["lr"]
         self.headline = {label: metrics[name] for label, name in HEADLINES.items() if name in metrics}
         self.tracker.log(metrics, step)

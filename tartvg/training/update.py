@@ -3,7 +3,7 @@
 Each rank sums the gradients of its groups alone, so whatever goes wrong there (too little memory, a signal) is
 handled without the others. The exchange that follows is one backward pass whose gradients are these sums: nothing in
 it allocates more than the adapter's size. This holds for one process, DDP and ZeRO-2. Under ZeRO-3 a rank has no
-weights of its own to work with, see `tartvg.training.zero3`.
+weights of its own to work with: that update stands beside its engine.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def rollout_group(sample: GroundingSample, step: int) -> RolloutGroup:
             Rollout(
                 Completion(said(*anchors), (1, 2, 3), (-0.1, -0.2, -0.3), True),
                 Response(anchors, anchors[-1], ()),
-                RewardBreakdown(total, 1.0, 0.9, 2.5, 0.0, 1.0, tuple(0.5 for _ in anchors)),
+                RewardBreakdown(total, {"format": 1.0, "iou": 0.9, "tar1": 2.5}, tuple(0.5 for _ in anchors)),
             )
         )
     return RolloutGroup(Prompt(sample, "prompt"), tuple(rollouts), step)

@@ -1,4 +1,4 @@
-"""Sweeps: axes and cells, records of jobs, stages done once for several runs. Nothing here imports torch."""
+"""Sweeps: axes and cells, records of jobs, stages done once for several runs."""
 
 import json
 import multiprocessing

@@ -21,13 +21,14 @@ from tartvg.types import (
     Trace,
 )
 
+TERMS = {"format": 0.0, "iou": -1.0, "tar1": 0.5, "tar2": 1.0, "tar3": 0.0}
 SAMPLE = GroundingSample("a_0", Path("v/a.mp4"), "q", (Span(1.0, 2.5),), 9.0, "train", ("turns",))
 
 
 def group(text):
     completion = Completion(text, (1, 2), (-0.5, -0.25), True)
     response = Response((Span(0.0, 1.0),), None, (Fault.NO_ANSWER,), text)
-    reward = RewardBreakdown(-1.0, 0.0, -1.0, 0.5, 1.0, 0.0, (0.5,))
+    reward = RewardBreakdown(-1.0, TERMS, (0.5,))
     return RolloutGroup(Prompt(SAMPLE, "p"), (Rollout(completion, response, reward),) * 2, 3)
 
 
@@ -36,6 +37,15 @@ def test_any_text_survives(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("r") / "x.jsonl"
     records.append_jsonl(path, [group(text)])
     assert [records.group_from_json(row) for row in records.read_jsonl(path)] == [group(text)]
+
+
+def test_rewards_of_older_files_have_their_terms_beside_the_total():
+    new = records.to_json(group("x"))
+    old = records.to_json(group("x"))
+    for rollout in old["rollouts"]:
+        rollout["reward"] = {"total": -1.0, **TERMS, "anchor_ious": [0.5]}
+    assert new["rollouts"][0]["reward"] == {"total": -1.0, "terms": TERMS, "anchor_ious": [0.5]}
+    assert records.group_from_json(old) == records.group_from_json(new) == group("x")
 
 
 def test_traces_and_predictions_survive(tmp_path):

@@ -166,12 +166,13 @@ def test_strategies_split_what_they_say(config):
         return plan_of(footprint, trainer, 0)
 
     single = plan(Strategy.single, 1)
-    assert (single.peak, single.least) == (1167 + 60, 1167 + 30)
-    ddp = plan(Strategy.ddp, 4)  # a bucket, and the sums of what is exchanged in it
-    assert (ddp.peak, ddp.least) == (single.peak + 80, single.least + 80)
+    assert (single.peak, single.least) == (1207 + 60, 1207 + 30)
+    ddp = plan(Strategy.ddp, 4)  # a bucket
+    assert (ddp.peak, ddp.least) == (single.peak + 40, single.least + 40)
     zero2 = plan(Strategy.zero2, 4)
     assert (zero2.kept["weights"], zero2.kept["gradients"], zero2.kept["optimizer"]) == (1000, 10, 30)
     zero3 = plan(Strategy.zero3, 4)
+    assert zero3.least == zero3.peak  # an update under ZeRO-3 cannot be tried again in parts
     assert zero3.kept["weights"] == 250 and zero3.added == {"vision": 755, "sample": 780, "update": 260}
 
 

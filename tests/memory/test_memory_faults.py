@@ -11,24 +11,18 @@ import pytest
 import torch
 from helpers.policies import planted_prompts, tiny_policy
 from helpers.training import CPU, GRPO, OFF, RUBRIC, fit, lines, make_grpo
-from tartvg.training.retreats import Retreats
 
 from tartvg.config import Aggregation, SftConfig
+from tartvg.grpo import LossOutput, merged_metrics
 from tartvg.policy.policy import token_batch
 from tartvg.tracking import Tracker
+from tartvg.training.faults import Faults
 from tartvg.training.grpo_module import TrainingGroup
-from tartvg.training.out_of_memory import (
-    GroupLoss,
-    NothingFits,
-    fit_rows,
-    fit_update,
-    is_out_of_memory,
-    merge_parts,
-    row_slices,
-)
+from tartvg.training.out_of_memory import in_fewest_parts, is_out_of_memory, row_slices
 from tartvg.training.sft_module import SftModule, TraceDataset
 from tartvg.training.step import StageRun
 from tartvg.training.trainer import make_trainer
+from tartvg.training.update import GroupLoss, LocalUpdate
 from tartvg.types import Completion, RolloutGroup, Trace
 
 
@@ -64,68 +58,73 @@ def rows_that_fit(limit):
 
 
 def test_rows_are_halved_until_they_fit():
-    assert fit_rows(rows_that_fit(8), 8, is_out_of_memory) == [list(range(8))]
-    assert fit_rows(rows_that_fit(3), 8, is_out_of_memory) == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert in_fewest_parts(rows_that_fit(8), 8) == [list(range(8))]
+    assert in_fewest_parts(rows_that_fit(3), 8) == [[0, 1], [2, 3], [4, 5], [6, 7]]
     with pytest.raises(RuntimeError, match="allocate"):
-        fit_rows(rows_that_fit(0), 8, is_out_of_memory)
+        in_fewest_parts(rows_that_fit(0), 8)
 
 
-def test_a_group_that_never_fits_is_left_out_and_the_others_are_not():
-    weight = torch.nn.Parameter(torch.ones(()))
-    limits, notes, attempts = [8, 3, 0], [], []
+class OneWeight:
+    """What `LocalUpdate.gradients` asks of an engine."""
 
-    def loss(group, part):
-        return weight * 10**group * len(rows_that_fit(limits[group])(part))
+    def __init__(self):
+        self.parameters = [torch.nn.Parameter(torch.ones(()))]
 
-    def update(losses):
-        weight.grad = None
-        for micro in losses:
-            micro().backward()
-        return float(weight.grad)
 
-    def attempt(losses):
-        attempts.append(1)
-        return update(losses)
+def local_gradients(groups_of, tmp_path, rows_per_pass=None):
+    """Gradients, outputs and faults of groups that are made from the one weight."""
+    engine = OneWeight()
+    faults = Faults(tmp_path, max_skipped=5)
+    update = LocalUpdate(engine, None, faults, 1.0, rows_per_pass)
+    (gradient,), outputs = update.gradients(groups_of(engine.parameters[0]), step=0)
+    return float(gradient), outputs, lines(tmp_path / "faults.jsonl") if (tmp_path / "faults.jsonl").exists() else []
 
-    def note(group, parts, error):
-        assert "allocate" in error
-        notes.append((int(group.sample_id), parts))
 
-    groups = [GroupLoss(str(g), 8, 8, lambda part, g=g: loss(g, part), []) for g in range(3)]
-    norm = fit_update(attempt, groups, is_out_of_memory, note)
-    assert norm == 8 + 80
-    assert notes == [(1, 2), (1, 4), (2, 2), (2, 4), (2, 8), (2, 0)] and len(attempts) == 7
-    with pytest.raises(NothingFits):
-        fit_update(update, groups[2:], is_out_of_memory, lambda *_: None)
+def test_a_group_that_never_fits_is_left_out_and_the_others_are_not(tmp_path):
+    limits, attempts = [8, 3, 0], []
+
+    def groups_of(weight):
+        def loss(group, part):
+            attempts.append(group)
+            rows = rows_that_fit(limits[group])(part)
+            return LossOutput(weight * 10**group * len(rows), {"rows": torch.tensor(len(rows))}, len(rows))
+
+        return [GroupLoss(str(g), 8, 8, lambda part, g=g: loss(g, part)) for g in range(3)]
+
+    gradient, outputs, faults = local_gradients(groups_of, tmp_path)
+    assert gradient == 8 + 80  # an attempt that failed leaves nothing behind
+    assert [[int(o.metrics["rows"]) for o in parts] for parts in outputs] == [[8], [2, 2, 2, 2], []]
+    actions = [(f["samples"], f["action"]) for f in faults]
+    tried = {g: [f"tried in {n} parts" for n in parts] for g, parts in (("1", (2, 4)), ("2", (2, 4, 8)))}
+    assert actions == [([g], a) for g in "12" for a in tried[g]] + [(["2"], "left out")]
+    assert all("allocate" in f["error"] for f in faults) and len(attempts) > 8
+
+    def nothing_of(weight):
+        return groups_of(weight)[2:]
+
+    (tmp_path / "nothing").mkdir()
+    gradient, outputs, _ = local_gradients(nothing_of, tmp_path / "nothing")
+    assert (gradient, outputs) == (0.0, [[]])
+
+
+def test_another_error_is_no_lack_of_memory(tmp_path):
+    def broken(part):
+        raise ValueError("else")
+
     with pytest.raises(ValueError, match="else"):
-        fit_update(lambda _: (_ for _ in ()).throw(ValueError("else")), groups, is_out_of_memory, lambda *_: None)
+        local_gradients(lambda weight: [GroupLoss("a", 8, 8, broken)], tmp_path)
+    assert not (tmp_path / "faults.jsonl").exists()
 
 
-def test_an_attempt_that_failed_leaves_nothing_noted():
-    group = GroupLoss("a", 8, 8, lambda part: (group.parts.append(part), rows_that_fit(4)(part))[1], [])
-    fit_update(lambda losses: len([micro() for micro in losses]), [group], is_out_of_memory, lambda *_: None)
-    assert group.parts == [slice(0, 4), slice(4, 8)]
-    never = dataclasses.replace(group, compute=lambda part: (group.parts.append(part), too_much()))
-    with pytest.raises(NothingFits):
-        fit_update(lambda losses: len([micro() for micro in losses]), [never], is_out_of_memory, lambda *_: None)
-    assert group.parts == []
+@pytest.mark.parametrize(("rows_per_pass", "sizes"), [(None, [8]), (3, [2, 3, 3]), (8, [8]), (1, [1] * 8)])
+def test_rows_per_pass_bounds_every_pass(tmp_path, rows_per_pass, sizes):
+    def groups_of(weight):
+        return [
+            GroupLoss("a", 8, 8, lambda part: LossOutput(weight * len(rows_that_fit(8)(part)), {}, len(range(8)[part])))
+        ]
 
-
-def test_retreats_are_kept_and_hold_for_what_is_as_large(tmp_path):
-    def group(name, tokens, rows=4):
-        return GroupLoss(name, rows, tokens, lambda part: None, [])
-
-    first = Retreats(tmp_path)
-    assert first.parts(3, group("a", 100)) == 1 and not first.is_new(3, group("a", 100))
-    assert first.add(3, group("a", 100)) == 2
-    (tmp_path / "retreats/1.jsonl").write_text('{"step": 5, "sample_id": "b", "num_tokens": 80, "parts": 4}\n{"st')
-    again = Retreats(tmp_path)
-    assert again.is_new(3, group("a", 100)) and not again.is_new(4, group("a", 100))
-    assert [again.parts(step, group("x", 100)) for step in (2, 3, 4, 5)] == [1, 2, 2, 4]
-    assert [again.parts(3, group("x", tokens)) for tokens in (99, 100, 101)] == [1, 2, 2]
-    assert again.parts(9, group("x", 100, rows=3)) == 3  # no part is empty
-    assert [again.add(5, group("b", 80)), Retreats(tmp_path).parts(5, group("b", 80))] == [0, 0]
-    assert again.parts(6, group("b", 80)) == 4  # elsewhere it is tried
+    gradient, (outputs,), faults = local_gradients(groups_of, tmp_path, rows_per_pass)
+    assert gradient == 8 and sorted(o.num_tokens for o in outputs) == sizes and not faults
 
 
 @pytest.mark.parametrize("aggregation", list(Aggregation))
@@ -143,16 +142,17 @@ def test_a_group_in_parts_has_the_same_gradient(policy, prompts, tmp_path, aggre
     def gradient(slices):
         module.zero_grad()
         for part in slices:
-            module.group_loss(work, advantages_G, parts, part, num_groups=2).backward()
-        return torch.cat([p.grad.flatten() for p in module.trainable() if p.grad is not None])
+            parts.append(module.loss(work, advantages_G, part, num_groups=2))
+            parts[-1].loss.backward()
+        return torch.cat([p.grad.flatten() for p in module.engine.parameters if p.grad is not None])
 
     parts = []
-    whole, metrics = gradient(row_slices(5, 1)), parts[0][0]
+    whole, metrics = gradient(row_slices(5, 1)), parts[0].metrics
     parts = []
     split = gradient(row_slices(5, 3))
     assert whole.abs().max() > 0
     assert torch.allclose(whole, split, rtol=1e-4, atol=1e-7)
-    merged = merge_parts(parts)
+    merged = merged_metrics(parts)
     assert {k: float(v) for k, v in merged.items()} == pytest.approx(
         {k: float(v) for k, v in metrics.items()}, abs=1e-5
     )
@@ -191,12 +191,12 @@ def little_memory(base, root, tmp_path):
         module.advantages = lambda group: torch.arange(96.0) % 7 - 3
         update = module.update
 
-        def limited(losses, num_chunks=0):
+        def limited(losses, step):
             soft, hard = resource.getrlimit(resource.RLIMIT_AS)
             if margin is not None:
                 resource.setrlimit(resource.RLIMIT_AS, (address_space() + margin, hard))
             try:
-                return update(losses)
+                return update(losses, step)
             finally:
                 resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
@@ -249,11 +249,11 @@ def test_fine_tuning_takes_the_traces_of_a_query_in_parts(policy, prompts, tmp_p
         with Tracker(tmp_path / name, OFF, "r", "sft", {}, 0) as tracker:
             data = TraceDataset(traces, {prompts[0].sample.sample_id: prompts[0]}, settings, 0)
             module = SftModule(policy, settings, StageRun("sft", tmp_path / name, 0, data.stop, 1), tracker)
-            before = [weight.detach().clone() for weight in module.trainable()]
+            before = [weight.detach().clone() for weight in module.engine.parameters]
             loader = torch.utils.data.DataLoader(data, batch_size=1, collate_fn=lambda b: b[0])
             make_trainer(CPU, tmp_path / name).fit(module, loader)
         with torch.no_grad():  # the next one starts where this one did
-            for weight, value in zip(module.trainable(), before, strict=True):
+            for weight, value in zip(module.engine.parameters, before, strict=True):
                 weight.copy_(value)
         return lines(tmp_path / name / "metrics.jsonl")[0]
 

@@ -34,7 +34,7 @@ def test_each_clause_rejects():
     # the first anchor has IoU 0.5 exactly: the bound is strict
     assert rejections(rollout(text_of((2, 7), (2, 12))), rule) == ["soft IoU of anchor 1 <= 0.5"]
     unrefined = rollout(text_of((2, 12), (2, 10)))
-    assert unrefined.reward.tar3 == -1
+    assert unrefined.reward.terms["tar3"] == -1
     assert rejections(unrefined, rule) == ["reward <= 6.4"]
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tartvg.config import ControlName, SettingError
+from tartvg.config import AnchorsConfig, ControlName, RewardConfig, SettingError
+from tartvg.rewards import Rubric
 from tartvg.tracking.dashboard import Panel, PanelKind, Section, Workspace, main, to_wandb, workspace
 from tartvg.tracking.tracker import check_name
 
@@ -22,13 +23,13 @@ def existing() -> set[str]:
     from tartvg.stages.controls import controls_as_metrics
     from tartvg.stages.evaluate import scores_as_metrics
     from tartvg.timing import PhaseTimer
+    from tartvg.training.throughput import Throughput
     from tartvg.types import (
         Completion,
         Estimate,
         GroundingSample,
         Prompt,
         Response,
-        RewardBreakdown,
         Rollout,
         RolloutGroup,
         Scorecard,
@@ -36,16 +37,24 @@ def existing() -> set[str]:
     )
 
     sample = GroundingSample("s", Path("v"), "q", (Span(0, 1),), 2.0, "train")
-    rollout = Rollout(Completion("", (1,), (-1.0,), True), Response((), None, ()), RewardBreakdown(0, 0, 0, 0, 0, 0))
+    response = Response((), None, ())
+    reward = Rubric(RewardConfig(), AnchorsConfig()).score(response, sample)
+    rollout = Rollout(Completion("", (1,), (-1.0,), True), response, reward)
     zeros = torch.zeros(2, 1)
     loss = grpo_loss(LossInputs(zeros, zeros, zeros, torch.zeros(2), torch.ones(2, 1)), LossSettings())
     some = Estimate(0.5, 0.4, 0.6)
     card = Scorecard(1, 0, 0, some, dict.fromkeys((0.3, 0.5, 0.7), some))
+    times = PhaseTimer().flush()
+    counted = Throughput(1, torch.device("cpu"))
+    counted.num_sampled = counted.num_trained = 1
+    throughput = counted.metrics({name: 1.0 for name in times})
     control = dict.fromkeys(("agreement", "changed_rate", "real_miou", "control_miou"), 0.5)
     return {
         *rollout_metrics([RolloutGroup(Prompt(sample, ""), (rollout,), 0)], 2),
         *loss.metrics,
-        *PhaseTimer().flush(),
+        *times,
+        *{name for name in throughput if not name.startswith("memory/peak_gib_rank")},
+        "perf/mfu",  # on a GPU only
         *scores_as_metrics(card, "charades_sta"),
         *controls_as_metrics({kind.value: control for kind in ControlName}, "charades_sta"),
         *{"optim/grad_norm", "optim/lr", "rollout/kl", "anchors/shuffled_agreement", "anchors/shuffled_changed_rate"},

@@ -30,6 +30,7 @@ from tartvg.training import distributed
 from tartvg.training.batches import StepDataset
 from tartvg.training.deepspeed import zero_config
 from tartvg.training.sft_module import TraceDataset
+from tartvg.training.zero3 import make_zero3_strategy
 from tartvg.types import GroundingSample, Span, Trace
 
 TWO = TrainerConfig(devices=2, strategy=Strategy.ddp)
@@ -178,29 +179,19 @@ signal.signal(getattr(signal, sys.argv[2]), end)
 pathlib.Path(sys.argv[1], "pid" + os.environ["RANK"]).write_text(str(os.getpid()))
 time.sleep(60)
 """
-AGAIN = """
-import os, sys
-from pathlib import Path
-from tartvg.launch.signals import AGAIN_CODE
-
-log = Path(sys.argv[1] + os.environ["RANK"])
-with log.open("a") as file:
-    file.write("x")
-is_last = len(log.read_text()) == 3
-if os.environ["RANK"] == "0":
-    sys.exit(int(sys.argv[2]) if is_last else 1)
-sys.exit(0 if is_last else AGAIN_CODE)
+REFUSED = """
+import os, sys, time
+time.sleep(0.2 if os.environ["RANK"] == "1" else 0)
+sys.exit(int(sys.argv[1 + int(os.environ["RANK"])]))
 """
 
 
-@pytest.mark.parametrize("end", [0, 75, 1])
-def test_processes_start_again_where_memory_ran_out(end, tmp_path, capfd):
-    """Whatever the others make of it, unless the run was asked to leave."""
-    script, log = tmp_path / "again.py", tmp_path / "log"
-    script.write_text(AGAIN)
-    assert run_processes(2, [sys.executable, str(script), str(log), str(end)]) == end
-    assert [Path(f"{log}{rank}").read_text() for rank in "01"] == ["xxx", "xxx"]
-    assert capfd.readouterr().err.count("start again") == 2
+@pytest.mark.parametrize(("codes", "end"), [((1, 2), 2), ((2, 1), 2), ((1, 75), 75), ((2, 75), 75), ((1, 0), 1)])
+def test_the_code_that_says_most_is_that_of_the_run(codes, end, tmp_path):
+    """A rank that ends first leaves the others to fail for want of it."""
+    script = tmp_path / "ends.py"
+    script.write_text(REFUSED)
+    assert run_processes(2, [sys.executable, str(script), *map(str, codes)]) == end
 
 
 def started(tmp_path, awaited=signal.SIGTERM):
@@ -241,7 +232,7 @@ def is_alive(pid):
 
 
 def test_clipping_is_deepspeeds_own():
-    config = zero_config(TrainerConfig(strategy=Strategy.zero3_offload, persist_below=0), 0.7)
+    config = make_zero3_strategy(TrainerConfig(strategy=Strategy.zero3_offload, persist_below=0), 0.7).config
     assert config["gradient_clipping"] == 0.7
     zero = config["zero_optimization"]
     assert (zero["stage"], zero["stage3_param_persistence_threshold"]) == (3, 0)
@@ -260,8 +251,9 @@ def policy(untrained_base):
 def test_an_idle_pass_reaches_every_weight_and_changes_none(policy, monkeypatch, is_saving):
     monkeypatch.setattr(policy.settings, "memory_saving", is_saving)
     policy.zero_grad()
-    loss = policy.idle(num_chunks=4)
-    loss.backward()
+    with policy.lockstep(4):
+        loss = policy.empty_pass()
+        loss.backward()
     assert loss.item() == 0.0
     trainable = [p for p in policy.parameters() if p.requires_grad]
     assert trainable and all(p.grad is not None and not p.grad.any() for p in trainable)
@@ -279,12 +271,13 @@ def test_surplus_calls_of_the_head_change_nothing(policy, monkeypatch, is_saving
     video = VideoFeatures(torch.zeros(0, policy.language_model.config.hidden_size), (0, 0, 0), 0.0, 0.0)
     prepared = PreparedPrompt(None, inputs, video)
     tokens = TokenBatch(ids, torch.ones(2, 4, dtype=torch.bool), torch.zeros(2, 4))
-    assert policy.num_chunks(tokens) == 3
+    assert policy.num_head_calls(8) == 3
 
-    def gradient(num_chunks):
+    def gradient(num_calls):
         policy.zero_grad()
-        logps = policy.logps(prepared, tokens, num_chunks=num_chunks)
-        logps.sum().backward()
+        with policy.lockstep(num_calls):
+            logps = policy.logps(prepared, tokens)
+            logps.sum().backward()
         return logps, [p.grad.clone() for p in policy.parameters() if p.requires_grad]
 
     once, surplus = gradient(0), gradient(6)

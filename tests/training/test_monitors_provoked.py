@@ -153,7 +153,7 @@ def test_reward_hacking_a_reward_that_counts_anchors(train):
 
 def test_format_collapse_a_reward_for_breaking_it(train):
     """Without the demands on anchors, most of the base's outputs have the format: there is something to lose."""
-    rubric = Judge(lambda reward: -reward.format, needs_anchors=False, answer_is_last_anchor=False)
+    rubric = Judge(lambda reward: -reward.terms["format"], needs_anchors=False, answer_is_last_anchor=False)
     alarms, lines = train(20, rubric=rubric, lr=2e-3)
     assert "format_collapse" in alarms, [line["reward/format_mean"] for line in lines]
 

@@ -209,3 +209,15 @@ def test_a_video_that_cannot_be_read_costs_its_sample_only(policy, prompts, tmp_
     make_trainer(CPU, tmp_path).fit(module, step_loader(data, 0))
     assert len((tmp_path / "rollouts.jsonl").read_text().splitlines()) == 1
     assert "without gone" in capsys.readouterr().out
+
+
+def test_a_traceback_leads_from_learn_to_the_loss_in_four_calls(policy, prompts, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    module = make_grpo(policy, tmp_path, Rubric(RewardConfig(), AnchorsConfig()))
+    monkeypatch.setattr("tartvg.training.grpo_module.grpo_loss", broken)
+    with pytest.raises(ZeroDivisionError) as caught:
+        make_trainer(CPU, tmp_path).fit(module, step_loader(StepDataset(prompts, 2, 0, 0, 1, None), 0))
+    names = [frame.name for frame in caught.traceback]
+    assert names[names.index("learn") :] == ["learn", "__call__", "gradients", "loss", "broken"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tartvg.evaluation.score import (
+    RENAMED,
     RULES,
     Conventions,
     answer_iou,
@@ -108,10 +109,10 @@ def test_format_figures_describe_the_sampled_completions() -> None:
     card = score([sample("a")], predictions)
     assert card.format_rate.value == pytest.approx(3 / 5)
     assert card.valid_rate.value == pytest.approx(1 / 5)
-    assert card.anchors_mean == pytest.approx((2 + 1 + 4 + 0 + 2) / 5)
+    assert card.count_mean == pytest.approx((2 + 1 + 4 + 0 + 2) / 5)
     assert card.anchored_rate == pytest.approx(4 / 5)
     assert card.refinement_rate == pytest.approx(4 / 5)
-    assert card.consistency_rate == pytest.approx(3 / 4)
+    assert card.answer_match_rate == pytest.approx(3 / 4)
     assert card.oracle_iou == pytest.approx(9 / 10)
     assert card.miou.value == 1.0
 
@@ -127,7 +128,7 @@ def test_an_answer_is_the_last_anchor_where_the_parser_says_so() -> None:
         return prediction("a", response.answer, 0, response.anchors, faults)
 
     found = [score([sample("a")], [said(answer)]) for answer in ("13.10 to 16.90", "13.105 to 16.9", "13.11 to 16.90")]
-    assert [card.consistency_rate for card in found] == [1.0, 1.0, 0.0]
+    assert [card.answer_match_rate for card in found] == [1.0, 1.0, 0.0]
     assert [card.format_rate.value for card in found] == [1.0, 1.0, 0.0]
 
 
@@ -140,7 +141,7 @@ def test_more_anchors_than_the_cap_are_not_valid() -> None:
 
 def test_without_samples_the_greedy_answers_describe_the_format() -> None:
     card = score([sample("a")], [prediction("a", (0, 5), anchors=((0, 20), (0, 5)))])
-    assert (card.valid_rate.value, card.anchors_mean, card.oracle_iou) == (1.0, 2.0, 0.5)
+    assert (card.valid_rate.value, card.count_mean, card.oracle_iou) == (1.0, 2.0, 0.5)
 
 
 def test_a_tie_is_no_refinement_and_the_best_window_counts() -> None:
@@ -153,7 +154,7 @@ def test_a_tie_is_no_refinement_and_the_best_window_counts() -> None:
 
 def test_no_predictions_at_all() -> None:
     card = score([sample("a")], [])
-    assert (card.num_missing, card.miou.value, card.valid_rate.value, card.consistency_rate) == (1, 0.0, 0.0, 0.0)
+    assert (card.num_missing, card.miou.value, card.valid_rate.value, card.answer_match_rate) == (1, 0.0, 0.0, 0.0)
 
 
 def test_contradictory_input_is_refused_by_name() -> None:
@@ -241,6 +242,13 @@ def test_a_scorecard_on_disk_names_its_conventions() -> None:
     assert scorecard_from_json(stored) == card
     older = {name: value for name, value in stored.items() if name not in (*asdict(conventions), "oracle_iou")}
     assert scorecard_from_json(older).miou == card.miou
+
+
+def test_older_names_of_a_scorecard_are_read() -> None:
+    card = score([sample("a")], [prediction("a", (0, 10))])
+    old = {{new: old for old, new in RENAMED.items()}.get(name, name): value for name, value in to_json(card).items()}
+    assert {"anchors_mean", "consistency_rate"} <= old.keys()
+    assert scorecard_from_json(json.loads(json.dumps(old))) == card
 
 
 def test_scoring_needs_no_torch() -> None:

@@ -70,12 +70,6 @@ def test_a_job_that_was_asked_to_leave_is_requeued(cluster, tmp_path, array):
     assert (tmp_path / "given").read_text() == "run.py stage=grpo1 name=a b\n"
 
 
-def test_a_job_that_ran_out_of_memory_starts_again(cluster, tmp_path):
-    environment = cluster(f'echo x >> {tmp_path}/starts; [ "$(wc -l < {tmp_path}/starts)" -eq 3 ] || exit 76')
-    assert subprocess.run(["bash", SBATCH], env=environment, timeout=60).returncode == 0
-    assert (tmp_path / "starts").read_text() == "x\n" * 3 and not (tmp_path / "scontrol.asked").exists()
-
-
 @pytest.mark.parametrize("code", [0, 1, 2])
 def test_any_other_end_is_an_end(cluster, tmp_path, code):
     result = subprocess.run(["bash", SBATCH], env=cluster(f"exit {code}"), timeout=60)

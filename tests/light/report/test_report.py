@@ -26,12 +26,14 @@ from tartvg.report.page import build_report
 from tartvg.report.runs import Metrics, first_and_last_groups, read_run, read_scores
 from tartvg.report.strips import contact_row, film_strip, thumbnails
 from tartvg.report.tables import (
+    DASH,
     Cell,
     Table,
     duration,
     filter_table,
     seconds_table,
     stage_table,
+    throughput_table,
     to_html,
     to_markdown,
     to_rich,
@@ -261,3 +263,14 @@ def test_the_page_is_the_same_every_time(demo: tuple[Path, dict[str, GroundingSa
 def test_scores_are_plain_json(demo: tuple[Path, dict[str, GroundingSample], str]) -> None:
     value = json.loads((demo[0] / "evaluate" / "grpo2" / "scores.json").read_text())
     assert set(value["recall"]) == {"0.3", "0.5", "0.7"}
+
+
+def test_throughput_and_memory_by_stage():
+    lines = [
+        {"progress/step": s, "perf/seconds_per_step": 2.0 + s, "perf/tokens_per_second_sampled": 100.0,
+         "perf/mfu": 0.25, "memory/peak_gib": 1.0 + s}
+        for s in range(3)
+    ]  # fmt: skip
+    table = throughput_table({"grpo1": lines, "sft": [{"progress/step": 0, "loss/total": 1.0}]})
+    assert [[cell.text for cell in row] for row in table.rows] == [["grpo1", "3.00", "100", DASH, "25.0", "3.00"]]
+    assert throughput_table({"sft": [{"loss/total": 1.0}]}) is None

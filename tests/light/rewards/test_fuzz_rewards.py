@@ -21,7 +21,7 @@ def test_many_completions(num_completions):
         rubric = RUBRICS[rng.randrange(len(RUBRICS))]
         reward = rubric.score(response, SAMPLE)
         seen.update(response.faults)
-        num_well_formed += reward.format == 1
+        num_well_formed += reward.terms["format"] == 1
         check_reward(text, response, rubric, reward)
         if i % 50 == 0:
             assert parse_response(text) == response and rubric.score(response, SAMPLE) == reward

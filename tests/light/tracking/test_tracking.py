@@ -12,7 +12,7 @@ from helpers.tracking import artifacts, group, lines, tracker, wandb_records
 
 from tartvg.config import TrackingConfig
 from tartvg.tracking.summary import best_and_last
-from tartvg.tracking.tables import EXAMPLE_COLUMNS, example_rows
+from tartvg.tracking.tables import example_columns, example_rows
 from tartvg.tracking.tracker import MAX_ARTIFACT_NAME, Tracker, artifact_name, tags_of
 from tartvg.tracking.wandb_backend import scrub
 
@@ -89,7 +89,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 def test_examples_are_the_extremes_without_repetition() -> None:
     rows = example_rows([group(1.0, 5.0), group(3.0, -2.0, 4.0)], step=9, num=2)
-    at = EXAMPLE_COLUMNS.index
+    at = example_columns().index
     assert [(row[at("rank")], row[at("total")]) for row in rows] == [
         ("best", 5.0),
         ("best", 4.0),
@@ -99,7 +99,7 @@ def test_examples_are_the_extremes_without_repetition() -> None:
     assert rows[0][at("truth")] == "1.00 to 3.00"
     assert rows[0][at("anchors")] == "0.00 to 3.00, 1.00 to 3.00"
     assert rows[2][at("answer")] == "unreadable"
-    assert all(len(row) == len(EXAMPLE_COLUMNS) and row[at("step")] == 9 for row in rows)
+    assert all(len(row) == len(example_columns()) and row[at("step")] == 9 for row in rows)
     assert [row[at("total")] for row in example_rows([group(1.0, 5.0)], 0, num=4)] == [5.0, 1.0]
 
 
