@@ -10,7 +10,7 @@ import pytest
 from forking import ROOT
 from forking import start as start_command
 from helpers.policies import planted_prompts, tiny_policy
-from helpers.settings import OPEN_FILTER
+from helpers.settings import OPEN_FILTER, QUIET, watched
 
 os.environ.setdefault("TARTVG_ROOT", str(ROOT))
 MAX_SECONDS = 2.0
@@ -95,6 +95,7 @@ def small(planted_root):
         "trainer.checkpoint_every=1",
         "trainer.progress_bar=false",
         "tracking.mode=off",
+        *QUIET,
     ]
 
 
@@ -140,7 +141,7 @@ def shared(small):
 def alone(shared, run_command, tmp_path_factory):
     """The run of one process that the others are held against."""
     folder = tmp_path_factory.mktemp("alone")
-    run_command(*shared, "trainer=cpu", "trainer.num_threads=1", f"runs_dir={folder}", "name=r")
+    run_command(*watched(shared), "trainer=cpu", "trainer.num_threads=1", f"runs_dir={folder}", "name=r")
     return folder / "r"
 
 

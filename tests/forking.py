@@ -98,16 +98,48 @@ def start(overrides, output=os.devnull, errors=os.devnull, env=None, is_real=Fal
     return Served(server().Process(target=become, args=(*arguments, prepare)))
 
 
-def call(function, *arguments, output, errors=None):
-    """The function in a copy of this process, which writes to these files; its exit code is what it returns, or 1."""
+def call(function, *arguments, output=os.devnull, errors=None):
+    """A module's function in a process of its own, which writes to these files; it exits with what that returns."""
+    outputs = str(output), str(errors or output)
+    return Served(server().Process(target=_end_with, args=(function, arguments, outputs)))
+
+
+def call_here(function, *arguments, output=os.devnull, errors=None):
+    """As `call`, in a copy of this process, which must not have worked with torch: its threads would be missing."""
     child = os.fork()
-    if child:
+    if not child:
+        _end_with(function, arguments, (output, errors or output))
+    return Forked(child)
+
+
+def call_ranks(count, function, *arguments, **outputs):
+    """As `call`, once per rank; the exit code is that of the run."""
+    return call(_run_ranks, count, function, arguments, **outputs)
+
+
+def _run_ranks(count, function, arguments):
+    from tartvg.launch import processes
+
+    def start_rank(command, env, preexec_fn):
+        child = os.fork()
+        if not child:
+            preexec_fn()
+            os.environ.update(env)
+            _end_with(function, arguments)
         return Forked(child)
+
+    processes.subprocess = SimpleNamespace(Popen=start_rank)
+    return processes.run_processes(count, [])
+
+
+def _end_with(function, arguments, outputs=()):
     code = 1
     try:
-        _redirect((output, errors or output))
+        _redirect(outputs)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))  # not what pytest keeps
         code = function(*arguments) or 0
+    except SystemExit as end:
+        code = end.code or 0
     except BaseException:
         traceback.print_exc()
     finally:

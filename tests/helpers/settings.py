@@ -11,10 +11,17 @@ from hydra import compose, initialize_config_dir
 from tartvg.config import Config, register, to_dataclasses
 
 ROOT = Path(__file__).resolve().parents[2]
+QUIET = ["monitors=off", "controls.kinds=[]"]
+"""Nothing is measured for monitors alone, and no evaluation is followed by its controls."""
 OPEN_FILTER = ["anchors.filter.min_reward=-100", "anchors.filter.min_anchors=0", "anchors.filter.min_ious=[]"]
 """A filter that keeps whatever an untrained base says."""
 
 register()
+
+
+def watched(overrides):
+    """The same settings with monitors and controls, where a test is about them."""
+    return [override for override in overrides if override not in QUIET]
 
 
 @contextmanager

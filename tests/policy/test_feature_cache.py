@@ -116,6 +116,7 @@ def hammer(folder, ready, go):
     print(found)
 
 
+@pytest.mark.xdist_group("forked")
 def test_two_processes_fill_it_at_the_same_time(tmp_path):
     said, ready, go = ([tmp_path / f"{name}{i}" for i in range(2)] for name in ("said", "ready", "go"))
     both = [call(hammer, tmp_path / "cache", ready[i], go[0], output=said[i]) for i in range(2)]
@@ -136,6 +137,7 @@ def killed(folder):
     DiskCache(folder, 1, "tower").put("a", features(tokens=700))
 
 
+@pytest.mark.xdist_group("forked")
 def test_a_process_killed_in_the_middle_of_a_write_leaves_no_entry(tmp_path_factory, tmp_path):
     said = tmp_path_factory.mktemp("said") / "said"
     assert call(killed, tmp_path, output=said).wait(120) == -signal.SIGXFSZ, said.read_text()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from forking import start as start_command
-from helpers.settings import composed
+from helpers.settings import composed, watched
 from interruptions import kill_when, num_lines, results, rows
 
 TRAINED = ("grpo1", "filter", "sft", "grpo2", "evaluate/base", "evaluate/grpo1", "evaluate/sft", "evaluate/grpo2")
@@ -34,7 +34,7 @@ def test_a_killed_grpo_stage_ends_like_one_that_was_not(settings, run_command, t
 @pytest.mark.slow
 def test_a_pipeline_killed_in_every_stage_ends_like_one_that_was_not(settings, run_command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    command = [*settings, f"runs_dir={tmp_path}", "sft.epochs=1"]
+    command = [*watched(settings), f"runs_dir={tmp_path}", "sft.epochs=1"]
     run_command(*command, "name=whole")
     moments = {
         "grpo1": lambda: num_lines(cut / "grpo1/metrics.jsonl") >= 2,
@@ -100,6 +100,7 @@ def test_the_adapter_of_grpo2_is_a_plain_peft_adapter(settings, untrained_base, 
 
 
 # The one test that starts run.py among the quick ones.
+@pytest.mark.xdist_group("forked")
 def test_a_changed_setting_moves_the_old_results_aside(settings, run_command, tmp_path):
     command = [*settings, "stage=grpo1", "grpo.max_steps=1", f"runs_dir={tmp_path}", "name=r"]
     run_command(*command)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.settings import watched
 from helpers.tracking import artifacts, wandb_records
 
 from tartvg.tracking.dashboard import workspace
@@ -26,7 +27,7 @@ LINEAGE = {
 def run(small, untrained_base, run_command, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tracked")
     run_command(
-        *small, "tracking.mode=offline", "stage.sequence=[grpo1,filter,sft,grpo2,evaluate]", "grpo.max_steps=1",
+        *watched(small), "tracking.mode=offline", "stage.sequence=[grpo1,filter,sft,grpo2,evaluate]", "grpo.max_steps=1",
         "grpo.prompts_per_step=1", "grpo.group_size=2", "grpo.sampling.max_new_tokens=8", "sft.epochs=1",
         "evaluate.targets=[base,grpo2]", "evaluate.limit=4", "evaluate.num_samples=0", "controls.limit=4",
         "anchors.filter.min_reward=-100", "anchors.filter.min_anchors=0", "anchors.filter.min_ious=[]",

@@ -122,16 +122,18 @@ def test_an_adapter_that_is_a_pickle_is_refused(tmp_path, name, small, run_comma
     assert str(target) in result.stderr and "are refused" in result.stderr and "Traceback" not in result.stderr
 
 
+def save_too_much(folder):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    save_step(folder, 2, size=50_000)
+
+
+@pytest.mark.xdist_group("forked")
 def test_a_file_that_may_not_grow_leaves_the_last_one_intact(tmp_path):
     """The system itself refuses the write (RLIMIT_FSIZE), in a process of its own."""
     folder = tmp_path / "checkpoints"
     save_step(folder, 1)
 
-    def save_the_next():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        save_step(folder, 2, size=50_000)
-
-    assert call(save_the_next, output=tmp_path / "said").wait(60) == 1
+    assert call(save_too_much, folder, output=tmp_path / "said").wait(60) == 1
     last = (tmp_path / "said").read_text().strip().splitlines()[-1]
     assert "the checkpoint of step 2 cannot be written" in last and "File too large" in last
     assert "the last one, step_000001, is intact" in last

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from forking import call
+from forking import call_here
 from helpers.settings import RECORDING_STAGE, ROOT, composed, composed_below, composer, files
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
@@ -47,7 +47,7 @@ def run(*arguments: str, cwd: Path, flags: Sequence[str] = ()) -> tuple[subproce
 def run_clone(clone: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The clone's run.py in a copy of this process, which has imported Hydra already."""
     said, errors = cwd / ".stdout", cwd / ".stderr"
-    process = call(become, clone, cwd, arguments, output=said, errors=errors)
+    process = call_here(become, clone, cwd, arguments, output=said, errors=errors)
     done = subprocess.CompletedProcess(arguments, process.wait(120), said.read_text(), errors.read_text())
     said.unlink()
     errors.unlink()
