@@ -3,11 +3,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # Two processes with one thread each: torch's threads of several processes would wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+QUICK := not slow and not gpu and not campaign
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo check test rest campaign lint types imports light quick bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -25,15 +26,33 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 demo: $(STAMP) ## the whole method on the embedded model and data, on the CPU
 	$(BIN)/python run.py
 
-test: $(STAMP) ## every test
-	$(PYTEST)
+check: $(STAMP) ## style, types, direction of imports and the quick tests, at the same time
+	@$(MAKE) --no-print-directory -j --output-sync=target -o $(STAMP) lint types imports light quick
 
-check: $(STAMP) ## style, types, direction of imports and the quick tests
+test: $(STAMP) ## every test but the campaigns
+	$(PYTEST) -n 2 -m "not campaign"
+
+rest: $(STAMP) ## what `make test` has besides `make check`
+	$(PYTEST) -n 2 -m "(slow or gpu) and not campaign"
+
+campaign: $(STAMP) ## random kills, damaged files, fuzzing at length, provoked monitors, variants of the loss beside TRL's
+	$(PYTEST) -n 2 -m campaign
+
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(STAMP)
 	$(BIN)/mypy tartvg run.py
+
+imports: $(STAMP)
 	$(BIN)/lint-imports
-	$(PYTEST) -m "not slow and not gpu"
+
+light: $(STAMP) ## the quick tests that need no torch
+	$(PYTEST) -n 0 -m "$(QUICK)" tests/light
+
+quick: $(STAMP)
+	$(PYTEST) -n 2 -m "$(QUICK)" --ignore=tests/light
 
 bench: $(STAMP) ## decoding, speed and memory beside other engines (an hour on two quiet cores)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench,bench_video]'

@@ -1,15 +1,49 @@
 """Small real things that several tests need: an untrained tiny base, and a config that runs it in seconds."""
 
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from decoders import dying, scripted  # noqa: F401 (fixtures)
+from forking import ROOT
 from forking import start as start_command
+from helpers.policies import planted_prompts, tiny_policy
+from helpers.settings import OPEN_FILTER, QUIET, watched
 
-ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TARTVG_ROOT", str(ROOT))
+MAX_SECONDS = 4.0
+"""Of processor time that a quick test may take: two on a fast machine, and machines differ by a factor of two."""
+NOT_QUICK = ("slow", "campaign", "gpu")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """One process takes all tests of a file, which share fixtures; some files name a group that they share."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fails a quick test that takes long, but for fixtures and for what it is the first to import."""
+    begun, imported = processor_seconds(), len(sys.modules)
+    result = yield
+    taken = processor_seconds() - begun
+    is_quick = not any(item.get_closest_marker(name) for name in NOT_QUICK)
+    if is_quick and taken > MAX_SECONDS and len(sys.modules) - imported < 50:
+        pytest.fail(
+            f"a quick test may take {MAX_SECONDS} s of processor time, this one took {taken:.1f} s: mark it slow"
+        )
+    return result
+
+
+def processor_seconds():
+    """Of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 @pytest.fixture(scope="session")
@@ -37,29 +71,10 @@ def prompts(planted_root):
     return planted_prompts(planted_root)
 
 
-def planted_prompts(root):
-    """As the fixture; for processes that a test starts."""
-    from tartvg.config import AnchorsConfig, PlantedConfig
-    from tartvg.data.planted import load_planted
-    from tartvg.prompts import build_prompt
-
-    samples = load_planted(root, PlantedConfig(2, 1, 1, 2), "train", "planted")
-    return [build_prompt(s, AnchorsConfig()) for s in samples]
-
-
 @pytest.fixture
 def policy(untrained_base):
     """The untrained tiny policy with frames of four patches."""
     return tiny_policy(untrained_base)
-
-
-def tiny_policy(base):
-    """As the fixture; for processes that a test starts."""
-    from tartvg.config import FramesConfig, PolicyConfig
-    from tartvg.policy.policy import Policy
-
-    frames = FramesConfig(min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
-    return Policy(PolicyConfig(name="t", path=str(base), frames=frames), seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +96,7 @@ def small(planted_root):
         "trainer.checkpoint_every=1",
         "trainer.progress_bar=false",
         "tracking.mode=off",
+        *QUIET,
     ]
 
 
@@ -114,8 +130,6 @@ def shared(small):
 
     The embedded policy, whose rewards differ.
     """
-    from two_processes import OPEN_FILTER
-
     return [
         *small, *OPEN_FILTER, "policy.frames.max_frames=16", "grpo.sampling.max_new_tokens=40", "grpo.max_steps=5",
         "grpo.max_steps_grpo2=2", "grpo.prompts_per_step=4", "grpo.sampling_batch_size=1", "grpo.lr=1e-5",
@@ -128,5 +142,38 @@ def shared(small):
 def alone(shared, run_command, tmp_path_factory):
     """The run of one process that the others are held against."""
     folder = tmp_path_factory.mktemp("alone")
-    run_command(*shared, "trainer=cpu", "trainer.num_threads=1", f"runs_dir={folder}", "name=r")
+    run_command(*watched(shared), "trainer=cpu", "trainer.num_threads=1", f"runs_dir={folder}", "name=r")
     return folder / "r"
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """The configuration without the rest of the package; tests spoil it, or add a stage that records its settings."""
+    root = tmp_path / "clone"
+    (root / "tartvg").mkdir(parents=True)
+    for folder in ("conf", "sweeps", "experiments", "tartvg/config", "tartvg/launch"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("run.py", "tartvg/__init__.py"):
+        shutil.copy(ROOT / file, root / file)
+    return root
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """The folder of a finished sweep, and its questions."""
+    from helpers.report import make_sweep
+
+    return make_sweep(tmp_path_factory.mktemp("compare"))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A finished run, its questions and its page."""
+    from helpers.report import make_run, make_samples
+
+    from tartvg.report.page import build_report
+
+    folder = tmp_path_factory.mktemp("report")
+    samples = make_samples(folder)
+    make_run(folder / "demo", samples)
+    return folder / "demo", samples, build_report(folder / "demo", samples, folder / "report.html").read_text("utf-8")

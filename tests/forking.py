@@ -84,13 +84,75 @@ class Served(Forked):
         return self.returncode
 
 
-def start(overrides, output=os.devnull, errors=os.devnull, env=None, is_real=False):
-    """run.py in a process of its own, which writes to these files."""
-    if is_real or not can_fork():
+def start(overrides, output=os.devnull, errors=os.devnull, env=None, is_real=False, prepare=None):
+    """run.py in a process of its own, which writes to these files.
+
+    `prepare`, a function of a module, is called there before run.py begins; what it replaces is replaced in the ranks
+    as well, which are forked from that process. It needs a process that can be forked.
+    """
+    assert not (is_real and prepare), "an interpreter of its own knows nothing of the functions here"
+    if is_real or (not can_fork() and prepare is None):
         with Path(output).open("ab") as out, Path(errors).open("ab") as err:
             return subprocess.Popen([sys.executable, RUN, *overrides], cwd=ROOT, stdout=out, stderr=err, env=env)
     arguments = list(map(str, overrides)), dict(env or os.environ), (str(output), str(errors))
-    return Served(server().Process(target=become, args=arguments))
+    return Served(server().Process(target=become, args=(*arguments, prepare)))
+
+
+def call(function, *arguments, output=os.devnull, errors=None):
+    """A module's function in a process of its own, which writes to these files; it exits with what that returns."""
+    outputs = str(output), str(errors or output)
+    return Served(server().Process(target=_end_with, args=(function, arguments, outputs)))
+
+
+def call_here(function, *arguments, output=os.devnull, errors=None):
+    """As `call`, in a copy of this process, which must not have worked with torch: its threads would be missing."""
+    child = os.fork()
+    if not child:
+        _end_with(function, arguments, (output, errors or output))
+    return Forked(child)
+
+
+def call_ranks(count, function, *arguments, **outputs):
+    """As `call`, once per rank; the exit code is that of the run."""
+    return call(_run_ranks, count, function, arguments, **outputs)
+
+
+def _run_ranks(count, function, arguments):
+    from tartvg.launch import processes
+
+    def start_rank(command, env, preexec_fn):
+        child = os.fork()
+        if not child:
+            preexec_fn()
+            os.environ.update(env)
+            _end_with(function, arguments)
+        return Forked(child)
+
+    processes.subprocess = SimpleNamespace(Popen=start_rank)
+    return processes.run_processes(count, [])
+
+
+def _end_with(function, arguments, outputs=()):
+    code = 1
+    try:
+        _redirect(outputs)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))  # not what pytest keeps
+        code = function(*arguments) or 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _redirect(outputs):
+    for number, path in enumerate(outputs, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
 
 
 @cache
@@ -138,10 +200,7 @@ def become(overrides, env, outputs=(), prepare=None):
         prepare()
     sys.stdout.flush()
     sys.stderr.flush()
-    for number, path in enumerate(outputs, start=1):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, number)
-        os.close(file)
+    _redirect(outputs)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)

@@ -3,7 +3,6 @@
 from interruptions import rows
 from safetensors.torch import load_file
 
-OPEN_FILTER = ["filter.min_reward=-100", "filter.min_anchors=0", "filter.min_ious=[]"]
 TWO = [
     "trainer.accelerator=cpu",
     "trainer.devices=2",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.settings import watched
 
 from tartvg.config import AnchorsConfig, FramesConfig, PlantedConfig, PolicyConfig
 from tartvg.evaluation.faithfulness import Agreement, Pair, Said, compare
@@ -123,7 +124,7 @@ def test_a_shuffled_prompt_keeps_everything_but_the_order_of_the_frames(prepared
 @pytest.mark.slow
 def test_an_evaluation_is_followed_by_its_controls_once(small, untrained_base, run_command, tmp_path):
     command = [
-        *small, "stage=evaluate", "evaluate.policies=[base]", f"policy.path={untrained_base}",
+        *watched(small), "stage=evaluate", "evaluate.policies=[base]", f"policy.path={untrained_base}",
         "grpo.sampling.max_new_tokens=16", f"runs_dir={tmp_path}", "name=r", "faithfulness.num_queries=5",
     ]  # fmt: skip
     run_command(*command)

@@ -21,7 +21,7 @@ from experiments.efficiency.bench.ways import gradient
 from tartvg.config import Aggregation, ImportanceLevel
 from tartvg.grpo import LossInputs, LossSettings, grpo_loss
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.campaign
 TOY = Shape(hidden=64, layers=2, intermediate=96, heads=4, kv_heads=2)
 P, C, G = 80, 9, 4
 AGGREGATIONS = {

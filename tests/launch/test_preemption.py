@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
-from conftest import start_command
+from forking import start as start_command
+from helpers.checkpoints import names
 from interruptions import PATIENCE, num_lines, results
-from test_checkpoint import names
 
 from tartvg.launch.signals import REQUEUE_CODE, SIGNALS, Preempted, Preemption
 
@@ -114,6 +114,7 @@ def interrupt(command, number, is_time):
         process.kill()
 
 
+@pytest.mark.slow
 def test_a_signal_in_grpo_saves_the_finished_steps(settings, run_command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [*settings, "stage=grpo1", f"runs_dir={tmp_path}"]
@@ -147,6 +148,7 @@ def test_a_signal_in_any_stage_is_resumed_exactly(settings, run_command, tmp_pat
     assert results(cut) == results(whole)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_also_after_a_time(settings, run_command, tmp_path):
     run_command(*settings, "stage=grpo1", "trainer.checkpoint_minutes=1e-6", f"runs_dir={tmp_path}", "name=r")
     assert names(tmp_path / "r/grpo1/checkpoints") == ["step_000003", "step_000004"]

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.settings import ROOT, composed, files
 from omegaconf.errors import OmegaConfBaseException
-from test_config import ROOT, composed, files
 
 from tartvg.config import Config, SettingError
 from tartvg.config.errors import explain

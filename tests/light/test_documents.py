@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from helpers.settings import ROOT, composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from test_config import ROOT, composed
 
 IGNORED = {".venv", "runs", "data", "build", "corpus"}
 DOCUMENTS = sorted(

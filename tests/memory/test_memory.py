@@ -1,6 +1,8 @@
 """The memory model against the memory that a process really takes; what it refuses and what it advises.
 
-MALLOC_MMAP_THRESHOLD_=65536 python tests/test_memory.py      measures the three sizes and prints them
+    MALLOC_MMAP_THRESHOLD_=65536 PYTHONPATH=.:tests python tests/memory/test_memory.py
+
+measures the three sizes and prints them.
 """
 
 from __future__ import annotations
@@ -15,30 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-
-SIZES = {"narrow": (192, 576, 4, 500, 8, 96), "wide": (320, 1280, 4, 600, 8, 96), "deep": (256, 768, 8, 400, 6, 128)}
-"""Hidden and intermediate width, layers, prompt tokens, completions, and their length."""
-LARGE = {"large": (1024, 4096, 10)}
-"""Of which only the weights matter."""
-
-
-def tiny_of(name, folder):
-    """An untrained tiny base of that size, written in Hugging Face format."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    from tartvg.tiny.model import build_tokenizer, tiny_config
-
-    hidden, intermediate, layers, *_ = (SIZES | LARGE)[name]
-    tokenizer = build_tokenizer(["the red circle appears at <timestamp>1.00 to 2.00</timestamp>"] * 3)
-    config = tiny_config(tokenizer)
-    text = config.get_text_config()
-    text.hidden_size, text.intermediate_size, text.num_hidden_layers = hidden, intermediate, layers
-    text.num_attention_heads, text.num_key_value_heads = hidden // 32, hidden // 64
-    text.layer_types = ["full_attention"] * layers
-    config.vision_config.out_hidden_size = hidden
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+from forking import ROOT
+from helpers.bases import SIZES, tiny_of
+from helpers.settings import composed
 
 
 def settings_of(folder):
@@ -128,9 +109,10 @@ def test_the_estimate_is_within_15_percent_of_what_a_process_takes(tmp_path):
     for name in SIZES:
         tiny_of(name, tmp_path / name)
     # Every tensor in pages of its own, given back when it dies: then what the system counts is what lives.
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     result = subprocess.run(
         [sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, timeout=1800,
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout.splitlines()[-1])
@@ -142,11 +124,10 @@ def test_the_estimate_is_within_15_percent_of_what_a_process_takes(tmp_path):
 
 @pytest.fixture(scope="module")
 def config(small):
-    from test_stages import composed
-
-    return composed([*small, "stage=grpo1"])
+    return composed(*small, "stage=grpo1")
 
 
+@pytest.mark.slow
 def test_shapes_cost_no_memory_and_the_model_is_the_published_one():
     from tartvg.config import LoraConfig, PolicyConfig, Precision
     from tartvg.memory.footprint import Load, trace
@@ -162,6 +143,7 @@ def test_shapes_cost_no_memory_and_the_model_is_the_published_one():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
 
 
+@pytest.mark.slow
 def test_two_shallow_models_tell_the_peaks_of_a_deep_one(tmp_path):
     from tartvg.memory.footprint import _of_all_layers, _peaks, model_config
 

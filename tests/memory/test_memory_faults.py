@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import planted_prompts, tiny_policy
-from test_faults import RUBRIC, fit, lines
-from test_training import CPU, GRPO, OFF, make_grpo
+from helpers.policies import planted_prompts, tiny_policy
+from helpers.training import CPU, GRPO, OFF, RUBRIC, fit, lines, make_grpo
 
 from tartvg.config import Aggregation, SftConfig
 from tartvg.grpo import LossOutput, merged_metrics
@@ -164,6 +163,7 @@ def address_space():
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
+@pytest.mark.slow
 def test_a_step_in_too_little_memory_is_done_in_parts(untrained_base, prompts, planted_root, tmp_path):
     """In a process of its own: earlier tests leave memory behind that needs no asking for."""
     work = multiprocessing.get_context("spawn").Process(

@@ -2,14 +2,13 @@
 
 import dataclasses
 import os
+import resource
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 
 import pytest
 import torch
+from forking import call
 
 from tartvg.config import FramesConfig, LoraConfig, PolicyConfig, Precision, SamplingConfig
 from tartvg.data.planted import encode
@@ -102,15 +101,12 @@ def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path, capsys):
     assert capsys.readouterr().out.count("going on without writing") == 1
 
 
-HAMMER = """
-    import sys, torch
-    from pathlib import Path
-    from tests.policy.test_feature_cache import features, same
-    from tartvg.policy.disk_cache import DiskCache
-    cache, found = DiskCache(Path(sys.argv[1]), 1 / 1024, "tower"), 0
-    print("ready", flush=True)
-    sys.stdin.readline()
-    for turn in range(150):
+def hammer(folder, ready, go):
+    cache, found = DiskCache(folder, 1 / 1024, "tower"), 0
+    ready.touch()
+    while not go.exists():
+        time.sleep(0.001)
+    for _ in range(150):
         for key in range(4):  # four entries of 0.34 MiB in a folder of 1 MiB: reads, writes and evictions cross
             known = cache.get(key)
             found += known is not None
@@ -118,46 +114,33 @@ HAMMER = """
             if known is None:
                 cache.put(key, features(key, 700))
     print(found)
-"""
 
 
-def child(script, *arguments, **kwargs):
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
-    )  # fmt: skip
-
-
+@pytest.mark.xdist_group("forked")
 def test_two_processes_fill_it_at_the_same_time(tmp_path):
-    both = [child(HAMMER, tmp_path / "cache") for _ in range(2)]
-    for process in both:
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
-    for process in both:
-        process.stdin.write("\n")
-        process.stdin.flush()
-    for process in both:
-        out, error = process.communicate(timeout=120)
-        assert process.returncode == 0, error
+    said, ready, go = ([tmp_path / f"{name}{i}" for i in range(2)] for name in ("said", "ready", "go"))
+    both = [call(hammer, tmp_path / "cache", ready[i], go[0], output=said[i]) for i in range(2)]
+    while not all(file.exists() for file in ready):
+        assert [process.poll() for process in both] == [None, None]
+    go[0].touch()
+    for process, file in zip(both, said, strict=True):
+        code, out = process.wait(120), file.read_text()
+        assert code == 0, out
         assert "damaged" not in out and int(out) > 0
     left = list((tmp_path / "cache").iterdir())
     assert 2 <= len(left) <= 3 and all(p.suffix == ".safetensors" for p in left)
 
 
-KILLED = """
-    import resource, signal, sys
-    from pathlib import Path
-    from tests.policy.test_feature_cache import features
-    from tartvg.policy.disk_cache import DiskCache
+def killed(folder):
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends the process when it writes past the limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-    DiskCache(Path(sys.argv[1]), 1 / 1024, "tower").put("a", features(tokens=700))
-"""
+    DiskCache(folder, 1 / 1024, "tower").put("a", features(tokens=700))
 
 
-def test_a_process_killed_in_the_middle_of_a_write_leaves_no_entry(tmp_path):
-    process = child(KILLED, tmp_path)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGXFSZ, error
+@pytest.mark.xdist_group("forked")
+def test_a_process_killed_in_the_middle_of_a_write_leaves_no_entry(tmp_path_factory, tmp_path):
+    said = tmp_path_factory.mktemp("said") / "said"
+    assert call(killed, tmp_path, output=said).wait(120) == -signal.SIGXFSZ, said.read_text()
     [half] = tmp_path.iterdir()
     assert half.stat().st_size == 100_000
     cache = DiskCache(tmp_path, 1 / 1024, "tower")

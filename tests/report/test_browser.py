@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_compare import sweep
-from test_report import ATTACK, demo
+from helpers.report import ATTACK
 
 from tartvg.report.cells import read_runs, read_sweep_folder
 from tartvg.report.compare_page import addresses, build_comparison, write_stage_pages
@@ -19,8 +18,6 @@ from tartvg.types import GroundingSample
 
 api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-__all__ = ["demo", "sweep"]  # fixtures
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),

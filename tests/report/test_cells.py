@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from test_compare import SETTINGS, Samples, sweep
-from test_report import make_run
+from helpers.report import SETTINGS, Samples, make_run
 
 from tartvg.config import Config, DatasetConfig, DatasetName, SettingError, policy_label
 from tartvg.launch.sweep_files import axes, cells, read_sweep
@@ -34,7 +33,6 @@ from tartvg.report.runs import Metrics, planned_targets, read_run
 from tartvg.report.tables import Table
 from tartvg.stages.report import run_report
 
-__all__ = ["sweep"]  # a fixture
 ROOT = Path(__file__).resolve().parents[2]
 
 

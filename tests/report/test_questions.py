@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_compare import Samples
-from test_report import make_run, make_samples, prediction
+from helpers.report import Samples, make_run, make_samples, prediction
 
 from tartvg.config import Config, DatasetConfig, DatasetName
 from tartvg.launch.sweeps import Job

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import start_command
+from forking import start as start_command
+from helpers.settings import composed
 from interruptions import kill_when, metrics, rows
-from test_config import composed
 
 from tartvg.config import SettingError
 from tartvg.data.planted import encode

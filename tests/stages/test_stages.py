@@ -1,24 +1,19 @@
 """The pipeline on an untrained base: whole, resumable, idempotent. Real processes, real kills."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import start_command
+from forking import start as start_command
+from helpers.settings import composed, watched
 from interruptions import kill_when, num_lines, results, rows
 
-OPEN_FILTER = ["filter.min_reward=-100", "filter.min_anchors=0", "filter.min_ious=[]"]
 TRAINED = ("grpo1", "filter", "sft", "grpo2", "evaluate/base", "evaluate/grpo1", "evaluate/sft", "evaluate/grpo2")
 
 
-@pytest.fixture(scope="module")
-def settings(small, untrained_base):
-    return [*small, *OPEN_FILTER, f"policy.path={untrained_base}", "grpo.sampling.max_new_tokens=24"]
-
-
+@pytest.mark.slow
 def test_a_killed_grpo_stage_ends_like_one_that_was_not(settings, run_command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [*settings, "stage=grpo1", "trainer.checkpoint_every=2"]
@@ -39,7 +34,7 @@ def test_a_killed_grpo_stage_ends_like_one_that_was_not(settings, run_command, t
 @pytest.mark.slow
 def test_a_pipeline_killed_in_every_stage_ends_like_one_that_was_not(settings, run_command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    command = [*settings, f"runs_dir={tmp_path}", "sft.epochs=1"]
+    command = [*watched(settings), f"runs_dir={tmp_path}", "sft.epochs=1"]
     run_command(*command, "name=whole")
     moments = {
         "grpo1": lambda: num_lines(cut / "grpo1/metrics.jsonl") >= 2,
@@ -59,6 +54,7 @@ def test_a_pipeline_killed_in_every_stage_ends_like_one_that_was_not(settings, r
         assert json.loads((cut / stage / "manifest.json").read_text())["finished"]
 
 
+@pytest.mark.campaign
 @pytest.mark.slow
 def test_random_kills_of_every_kind_leave_no_trace(tmp_path):
     """The campaign of tests/interruptions.py, one kill of each kind."""
@@ -83,7 +79,7 @@ def test_the_adapter_of_grpo2_is_a_plain_peft_adapter(settings, untrained_base, 
     from tartvg.prompts import build_prompt
     from tartvg.records import prediction_from_json
 
-    config = composed([*settings, f"runs_dir={tmp_path}", "name=r"])
+    config = composed(*settings, f"runs_dir={tmp_path}", "name=r")
     policy = Policy(config.policy)
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(untrained_base)
     plain = PeftModel.from_pretrained(base, tmp_path / "r/grpo2/adapter").eval()
@@ -103,16 +99,8 @@ def test_the_adapter_of_grpo2_is_a_plain_peft_adapter(settings, untrained_base, 
     assert without != said
 
 
-def composed(overrides):
-    from hydra import compose, initialize_config_dir
-
-    from tartvg.config import register, to_dataclasses
-
-    register()
-    with initialize_config_dir(os.environ["TARTVG_ROOT"] + "/conf", version_base="1.3"):
-        return to_dataclasses(compose("config", list(overrides)))
-
-
+# The one test that starts run.py among the quick ones.
+@pytest.mark.xdist_group("forked")
 def test_a_changed_setting_moves_the_old_results_aside(settings, run_command, tmp_path):
     command = [*settings, "stage=grpo1", "grpo.max_steps=1", f"runs_dir={tmp_path}", "name=r"]
     run_command(*command)
@@ -123,6 +111,7 @@ def test_a_changed_setting_moves_the_old_results_aside(settings, run_command, tm
     assert len(rows(tmp_path / "r/grpo1/rollouts.jsonl")) == 2
 
 
+@pytest.mark.slow
 def test_a_stage_says_what_it_lacks(settings, run_command, tmp_path):
     for stage, lack in (("filter", "grpo1"), ("sft", "filter"), ("grpo2", "sft"), ("evaluate", "grpo2")):
         result = run_command(*settings, f"stage={stage}", f"runs_dir={tmp_path}", "name=empty", check=False)
@@ -130,6 +119,7 @@ def test_a_stage_says_what_it_lacks(settings, run_command, tmp_path):
         assert lack in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_ground_answers_on_any_video(settings, run_command, planted_root, tmp_path):
     run_command(*settings, "stage=grpo1", "grpo.max_steps=1", f"runs_dir={tmp_path}", "name=r")
     video = next(planted_root.glob("planted-*/test_*.mp4"))

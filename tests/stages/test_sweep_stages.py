@@ -3,15 +3,14 @@
 import json
 
 import pytest
-from conftest import start_command
+from forking import start as start_command
+from helpers.settings import OPEN_FILTER
 from interruptions import kill_when, num_lines, results, rows
-from test_stages import OPEN_FILTER, settings
 
 from tartvg.launch.sweeps import jobs_below
 
-__all__ = ["settings"]  # the fixture
 
-
+@pytest.mark.slow
 def test_rollouts_of_the_base_survive_a_kill_and_feed_the_filter(settings, run_command, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = [*settings, "stage=rollouts", f"runs_dir={tmp_path}"]

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tracking import artifacts, wandb_records
+from helpers.settings import watched
+from helpers.tracking import artifacts, wandb_records
 
 from tartvg.tracking.dashboard import workspace
 
@@ -26,8 +27,9 @@ LINEAGE = {
 def run(small, untrained_base, run_command, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tracked")
     run_command(
-        *small, "tracking.mode=offline", "stage.sequence=[grpo1,filter,sft,grpo2,evaluate]", "grpo.max_steps=1",
-        "grpo.prompts_per_step=1", "grpo.group_size=2", "grpo.sampling.max_new_tokens=8", "sft.epochs=1",
+        *watched(small), "tracking.mode=offline", "stage.sequence=[grpo1,filter,sft,grpo2,evaluate]",
+        "grpo.max_steps=1", "grpo.prompts_per_step=1", "grpo.group_size=2", "grpo.sampling.max_new_tokens=8",
+        "sft.epochs=1",
         "evaluate.policies=[base,grpo2]", "evaluate.num_queries=4", "evaluate.num_samples=0",
         "faithfulness.num_queries=4",
         "filter.min_reward=-100", "filter.min_anchors=0", "filter.min_ious=[]",

@@ -17,7 +17,7 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from tartvg.config import TrackingConfig
-from test_tracking import tracker
+from helpers.tracking import tracker
 
 # killed after step 4, its last checkpoint after step 2: steps 3 and 4 are done again
 for steps, resume_step in ((range(5), 0), (range(3, 7), 3)):
@@ -98,7 +98,7 @@ def server() -> Iterator[Server]:
 def test_an_interrupted_offline_run_arrives_whole(tmp_path: Path, server: Server) -> None:
     folder = tmp_path / "runs" / "grpo1"
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"HOME": str(tmp_path)}
-    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]))
     subprocess.run([sys.executable, "-c", script, str(folder)], env=env, check=True, timeout=600)
     parts = sorted(str(path) for path in folder.glob("wandb/offline-run-*"))
     assert len(parts) == 2

@@ -6,26 +6,15 @@ import os
 import pickle
 import resource
 import subprocess
-import sys
 
 import pytest
 import torch
+from forking import call
+from helpers.checkpoints import names, save_step
 
 from tartvg.config import SettingError
 from tartvg.policy.loading import ADAPTER_FILE as WEIGHTS
-from tartvg.training.checkpoint import MANIFEST, OPTIMIZER, check_files, latest_checkpoint, save_checkpoint
-
-
-def save_step(folder, step, kept=2, size=4):
-    weights = {"lora_A": torch.full((size,), float(step)), "lora_B": torch.arange(3.0)}
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(weights["lora_A"].clone())], lr=0.5)
-    optimizer.param_groups[0]["params"][0].grad = torch.ones(size)
-    optimizer.step()
-    return save_checkpoint(folder, step, weights, optimizer.state_dict(), {"skipped_in_row": step}, kept)
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
+from tartvg.training.checkpoint import MANIFEST, OPTIMIZER, check_files, latest_checkpoint
 
 
 def test_what_was_saved_comes_back(tmp_path):
@@ -123,6 +112,7 @@ def test_a_pickle_is_refused_by_name_and_does_not_run(tmp_path, form, name):
     assert not trace.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter_model.bin", "last.ckpt"])
 def test_an_adapter_that_is_a_pickle_is_refused(tmp_path, name, small, run_command):
     torch.save({"w": torch.zeros(1)}, tmp_path / name)
@@ -132,22 +122,22 @@ def test_an_adapter_that_is_a_pickle_is_refused(tmp_path, name, small, run_comma
     assert str(target) in result.stderr and "are refused" in result.stderr and "Traceback" not in result.stderr
 
 
+def save_too_much(folder):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    save_step(folder, 2, size=50_000)
+
+
+@pytest.mark.xdist_group("forked")
 def test_a_file_that_may_not_grow_leaves_the_last_one_intact(tmp_path):
     """The system itself refuses the write (RLIMIT_FSIZE), in a process of its own."""
-    save_step(tmp_path, 1)
-    code = (
-        "import sys; sys.path[:0] = ['tests', 'tests/training']\n"
-        "from pathlib import Path; import test_checkpoint as t\n"
-        f"t.save_step(Path({str(tmp_path)!r}), 2, size=50_000)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
-    )  # fmt: skip
-    last = result.stderr.strip().splitlines()[-1]
+    folder = tmp_path / "checkpoints"
+    save_step(folder, 1)
+
+    assert call(save_too_much, folder, output=tmp_path / "said").wait(60) == 1
+    last = (tmp_path / "said").read_text().strip().splitlines()[-1]
     assert "the checkpoint of step 2 cannot be written" in last and "File too large" in last
     assert "the last one, step_000001, is intact" in last
-    assert names(tmp_path) == ["step_000001"] and check_files(tmp_path / "step_000001")
+    assert names(folder) == ["step_000001"] and check_files(folder / "step_000001")
 
 
 @pytest.fixture

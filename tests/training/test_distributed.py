@@ -5,16 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, start_command
+from forking import ROOT, call_ranks
+from forking import start as start_command
+from helpers.settings import watched
 from interruptions import kill_when, num_lines, rows
 from safetensors.torch import load_file
 from two_processes import STRATEGIES, TWO, assert_same_training, said, trainer
 
-from tartvg.launch.processes import run_processes
+from tartvg.training.deepspeed import AnyDeviceZero
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two processes")]
 
 
 def assert_adapter_only(stage):
@@ -28,7 +32,8 @@ def assert_adapter_only(stage):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_processes_run_the_whole_method_like_one(strategy, shared, alone, run_command, tmp_path):
     """Once with interpreters of their own, as users start them; the tests fork elsewhere."""
-    run_command(*trainer(strategy, shared), f"runs_dir={tmp_path}", "name=r", is_real=strategy == "zero2")
+    command = [*trainer(strategy, watched(shared)), f"runs_dir={tmp_path}", "name=r"]
+    run_command(*command, is_real=strategy == "zero2")
     run = tmp_path / "r"
     assert said(run / "grpo1/rollouts.jsonl") == said(alone / "grpo1/rollouts.jsonl")
     for stage in ("grpo1", "sft", "grpo2"):
@@ -81,33 +86,24 @@ def test_a_stage_goes_on_under_another_strategy(first, then, shared, alone, run_
     assert_same_training("zero3" if "zero3" in (first, then) else first, alone, tmp_path / "r")
 
 
-WATCH = """
-import os, runpy, sys
-from pathlib import Path
-from tartvg.training.deepspeed import AnyDeviceZero
+def watch_weights(folder):
+    """Each rank writes down what its weights are, once DeepSpeed has them."""
+    start = AnyDeviceZero.init_deepspeed
 
-start = AnyDeviceZero.init_deepspeed
+    def watch(self):
+        start(self)
+        weights = list(self.model.parameters())
+        kinds = {("adapter " if weight.requires_grad else "base ") + str(weight.dtype) for weight in weights}
+        (folder / os.environ["RANK"]).write_text(", ".join(sorted(kinds)))
 
-def watch(self):
-    start(self)
-    weights = list(self.model.parameters())
-    kinds = {("adapter " if weight.requires_grad else "base ") + str(weight.dtype) for weight in weights}
-    Path(os.environ["SEEN"], os.environ["RANK"]).write_text(", ".join(sorted(kinds)))
-
-AnyDeviceZero.init_deepspeed = watch
-runpy.run_path("run.py", run_name="__main__")
-"""
+    AnyDeviceZero.init_deepspeed = watch
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_a_bf16_base_stays_bf16(strategy, shared, tmp_path, monkeypatch):
+def test_a_bf16_base_stays_bf16(strategy, shared, run_command, tmp_path):
     """Lightning would make it fp32 without a word, at twice the memory."""
-    monkeypatch.setenv("SEEN", str(tmp_path))
-    monkeypatch.chdir(ROOT)
-    script = tmp_path / "watch.py"
-    script.write_text(WATCH)
     more = ["policy.precision=bf16", "grpo.max_steps=1", "stage=grpo1", f"runs_dir={tmp_path}", "name=r"]
-    assert run_processes(2, [sys.executable, str(script), *trainer(strategy, shared), *more]) == 0
+    run_command(*trainer(strategy, shared), *more, prepare=partial(watch_weights, tmp_path))
     assert {(tmp_path / rank).read_text() for rank in "01"} == {"adapter torch.float32, base torch.bfloat16"}
 
 
@@ -125,54 +121,57 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(strategy, shared, run_comma
     assert not any(value.any() for name, value in weights.items() if "lora_B" in name)
 
 
-LOADING = """
-import os, sys
-from pathlib import Path
-import deepspeed, pytorch_lightning, torch
-from tartvg.config import LoraConfig, PolicyConfig, Precision, Strategy, TrainerConfig, Zero3Config
-from tartvg.policy.policy import Policy
-from tartvg.training import distributed
-from tartvg.training.trainer import make_trainer
-
 def private():
+    """Bytes of memory that this process shares with no file."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
-class Module(pytorch_lightning.LightningModule):
-    automatic_optimization = False
 
-    def __init__(self, policy):
-        super().__init__()
-        self.policy = policy
+def load_in_parts(folder):
+    """Each rank writes down how much memory loading a base took at its peak."""
+    import deepspeed
+    import pytorch_lightning
+    import torch
 
-    def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
+    from tartvg.config import LoraConfig, PolicyConfig, Precision, Strategy, TrainerConfig, Zero3Config
+    from tartvg.policy.policy import Policy
+    from tartvg.training import distributed
+    from tartvg.training.trainer import make_trainer
 
-    def training_step(self, *_):
-        Path(sys.argv[1], os.environ["RANK"]).write_text(str(max(seen) - before))
+    class Module(pytorch_lightning.LightningModule):
+        automatic_optimization = False
 
-split, seen = deepspeed.zero.Init._zero_init_param, []
+        def __init__(self, policy):
+            super().__init__()
+            self.policy = policy
 
-def watch(self, weight):
-    split(self, weight)
-    seen.append(private())
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
 
-deepspeed.zero.Init._zero_init_param = watch
-settings = TrainerConfig("cpu", 2, strategy=Strategy.zero3, progress_bar=False, zero3=Zero3Config(5000))
-torch.set_num_threads(1)
-distributed.init(settings)
-before = private()
-policy = Policy(PolicyConfig("t", sys.argv[1] + "/base", precision=Precision.bf16, lora=LoraConfig(rank=1)))
-make_trainer(settings, Path(sys.argv[1])).fit(Module(policy), torch.utils.data.DataLoader([0]))
-distributed.destroy()
-"""
+        def training_step(self, *_):
+            (folder / os.environ["RANK"]).write_text(str(max(seen) - before))
+
+    split, seen = deepspeed.zero.Init._zero_init_param, []
+
+    def watch(self, weight):
+        split(self, weight)
+        seen.append(private())
+
+    deepspeed.zero.Init._zero_init_param = watch
+    settings = TrainerConfig("cpu", 2, strategy=Strategy.zero3, progress_bar=False, zero3=Zero3Config(5000))
+    torch.set_num_threads(1)
+    distributed.init(settings)
+    before = private()
+    policy = Policy(PolicyConfig("t", f"{folder}/base", precision=Precision.bf16, lora=LoraConfig(rank=1)))
+    make_trainer(settings, folder).fit(Module(policy), torch.utils.data.DataLoader([0]))
+    distributed.destroy()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
-def test_no_process_copies_the_whole_base(tmp_path, monkeypatch):
+def test_no_process_copies_the_whole_base(tmp_path):
     """What is not shared with the other process: half of the base, and what lies around it."""
     import torch
-    from test_memory import tiny_of
+    from helpers.bases import tiny_of
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     tiny_of("large", tmp_path / "fp32")
@@ -181,13 +180,11 @@ def test_no_process_copies_the_whole_base(tmp_path, monkeypatch):
     for file in (tmp_path / "fp32").glob("tok*"):
         shutil.copy(file, tmp_path / "base")
     size = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
-    monkeypatch.chdir(ROOT)
-    script = tmp_path / "loading.py"
-    script.write_text(LOADING)
-    assert run_processes(2, [sys.executable, str(script), str(tmp_path)]) == 0
-    private = [int((tmp_path / rank).read_text()) for rank in "01"]
-    print(f"base {size / 2**20:.0f} MiB, private {[round(p / 2**20) for p in private]} MiB")
-    assert max(private) < size  # 1.5 times that, with DeepSpeed's own
+    said = tmp_path / "said"
+    assert call_ranks(2, load_in_parts, tmp_path, output=said).wait(300) == 0, said.read_text()
+    taken = [int((tmp_path / rank).read_text()) for rank in "01"]
+    print(f"base {size / 2**20:.0f} MiB, private {[round(p / 2**20) for p in taken]} MiB")
+    assert max(taken) < size  # 1.5 times that, with DeepSpeed's own
 
 
 def test_a_memory_saving_update_with_every_weight_split(shared, alone, run_command, tmp_path):

@@ -3,31 +3,25 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, start_command
-from interruptions import num_lines, rows
-from two_processes import START, assert_same_training, said, trainer
-
-from tartvg.launch.processes import run_processes
-from tartvg.launch.signals import REQUEUE_CODE
-
-pytestmark = pytest.mark.slow
-
-
-CRAMPED = """
-import os, runpy, sys
 import torch
+from forking import start as start_command
+from interruptions import num_lines, rows
+from two_processes import assert_same_training, said, trainer
+
+from tartvg.launch.signals import REQUEUE_CODE
 from tartvg.policy.policy import Policy
 
-limit, where = int(os.environ["LIMIT"]), os.environ["WHERE"]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("two processes")]
+
 
 def too_much():
     torch.empty(1 << 50, dtype=torch.uint8)  # the system really refuses it
+
 
 class Cramped(torch.autograd.Function):
     @staticmethod
@@ -38,20 +32,22 @@ class Cramped(torch.autograd.Function):
     def backward(ctx, gradient):
         too_much()
 
-def sample(self, prompts, *args):
-    return too_much() if os.environ["RANK"] == "1" and len(prompts) > 1 else sample_all(self, prompts, *args)
 
-def logps(self, prepared, tokens, *args, **kwargs):
-    is_too_large = os.environ["RANK"] == "1" and prepared.prompt.text and len(tokens.ids) > limit
-    if is_too_large and where == "forward":
-        too_much()
-    found = logps_of_all(self, prepared, tokens, *args, **kwargs)
-    return Cramped.apply(found) if is_too_large else found
+def cramp(limit, where):
+    """Rank 1 has no memory for two prompts at once, nor for a pass of more than `limit` completions."""
+    sample_all, logps_of_all = Policy.sample, Policy.logps
 
-sample_all, Policy.sample = Policy.sample, sample
-logps_of_all, Policy.logps = Policy.logps, logps
-runpy.run_path("run.py", run_name="__main__")
-"""
+    def sample(self, prompts, *args):
+        return too_much() if os.environ["RANK"] == "1" and len(prompts) > 1 else sample_all(self, prompts, *args)
+
+    def logps(self, prepared, tokens, *args, **kwargs):
+        is_too_large = os.environ["RANK"] == "1" and prepared.prompt.text and len(tokens.ids) > limit
+        if is_too_large and where == "forward":
+            too_much()
+        found = logps_of_all(self, prepared, tokens, *args, **kwargs)
+        return Cramped.apply(found) if is_too_large else found
+
+    Policy.sample, Policy.logps = sample, logps
 
 
 @pytest.mark.parametrize(
@@ -63,19 +59,13 @@ runpy.run_path("run.py", run_name="__main__")
         ("zero3", 4, "forward"),
     ],
 )
-def test_memory_that_one_process_lacks(strategy, limit, where, shared, run_command, tmp_path, monkeypatch):
+def test_memory_that_one_process_lacks(strategy, limit, where, shared, run_command, tmp_path):
     """It samples its prompts one by one, learns in parts, and leaves out what does not fit; zero3 samples only."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("LIMIT", str(limit))
-    monkeypatch.setenv("WHERE", where)
-    script = tmp_path / "cramped.py"
-    script.write_text(CRAMPED)
     steps, group, prompts = 2, 4, 4
     more = ["grpo.sampling_batch_size=2", "stage=grpo1", "grpo.kl_coef=0", f"grpo.max_steps={steps}", "grpo.lr=3e-5",
             f"grpo.group_size={group}", f"grpo.prompts_per_step={prompts}", "monitors.kl_every=0",
             f"runs_dir={tmp_path}"]  # fmt: skip
-    command = [sys.executable, str(script), *trainer(strategy, shared), *more, "name=r"]
-    assert run_processes(2, command) == 0
+    run_command(*trainer(strategy, shared), *more, "name=r", prepare=partial(cramp, limit, where))
     run = tmp_path / "r"
     faults = rows(run / "grpo1/faults.jsonl")
     told = [(row["step"], row["action"]) for row in faults]
@@ -96,22 +86,18 @@ def test_memory_that_one_process_lacks(strategy, limit, where, shared, run_comma
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_memory_that_is_short_under_zero3_ends_the_run_with_the_setting_that_needs_less(
-    where, shared, tmp_path, monkeypatch, capfd
+    where, shared, run_command, tmp_path
 ):
     """In the middle of a pass there is no second try; with the setting that is named, the same command finishes."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("LIMIT", "2")
-    monkeypatch.setenv("WHERE", where)
-    script = tmp_path / "cramped.py"
-    script.write_text(CRAMPED)
     more = ["grpo.sampling_batch_size=1", "stage=grpo1", "grpo.kl_coef=0", "grpo.max_steps=1", "monitors.kl_every=0",
             "grpo.prompts_per_step=2", f"runs_dir={tmp_path}", "name=r"]  # fmt: skip
-    command = [sys.executable, str(script), *trainer("zero3", shared), *more]
-    assert run_processes(2, command) == 2
-    said = capfd.readouterr().err
+    command, prepare = [*trainer("zero3", shared), *more], partial(cramp, 2, where)
+    done = run_command(*command, prepare=prepare, check=False)
+    assert done.returncode == 2
+    said = done.stderr
     assert said.count("error: rank 1 ran out of memory in an update of 4 completions a pass under ZeRO-3") == 1
     assert "grpo.rows_per_pass=2" in said and "Traceback" not in said
-    assert run_processes(2, [*command, "grpo.rows_per_pass=2"]) == 0
+    run_command(*command, "grpo.rows_per_pass=2", prepare=prepare)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
@@ -132,35 +118,27 @@ def test_processes_leave_together_and_go_on(strategy, shared, alone, run_command
     assert_same_training(strategy, alone, tmp_path / "r")
 
 
-SLOW = """
-import os, runpy, sys, time
-from pathlib import Path
-from tartvg.policy.policy import Policy
+def slow_down(name, flag):
+    """This work of rank 1 takes minutes while the file exists."""
+    work = getattr(Policy, name)
 
-name, flag = os.environ["SLOW"].split()
-work = getattr(Policy, name)
+    def slow(self, *args, **kwargs):
+        if flag.exists() and os.environ["RANK"] == "1":
+            Path(f"{flag}.seen").touch()
+            for _ in range(2000):
+                time.sleep(0.1)
+        return work(self, *args, **kwargs)
 
-def slow(self, *args, **kwargs):
-    if Path(flag).exists() and os.environ["RANK"] == "1":
-        Path(flag + ".seen").touch()
-        for _ in range(2000):
-            time.sleep(0.1)
-    return work(self, *args, **kwargs)
-
-setattr(Policy, name, slow)
-runpy.run_path("run.py", run_name="__main__")
-"""
+    setattr(Policy, name, slow)
 
 
 @pytest.mark.parametrize(("strategy", "name"), [("zero2", "logps"), ("zero3", "sample")])
-def test_a_signal_ends_a_long_step(strategy, name, shared, alone, tmp_path):
+def test_a_signal_ends_a_long_step(strategy, name, shared, alone, run_command, tmp_path):
     """One process has minutes to go and the other waits: both are gone in time, and the finished steps are saved."""
-    script, flag = tmp_path / "slow.py", tmp_path / "flag"
-    script.write_text(SLOW)
-    command = [sys.executable, str(script), *trainer(strategy, shared), "stage=grpo1", "trainer.checkpoint_every=100"]
-    command += [f"runs_dir={tmp_path}", "name=r"]
-    more = {"SLOW": f"{name} {flag}", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", START, *command], cwd=ROOT, env=os.environ | more)
+    flag = tmp_path / "flag"
+    command = [*trainer(strategy, shared), "stage=grpo1", "trainer.checkpoint_every=100", f"runs_dir={tmp_path}",
+               "name=r"]  # fmt: skip
+    process = start_command(command, prepare=partial(slow_down, name, flag))
     try:
         deadline = time.monotonic() + 300
         while num_lines(tmp_path / "r/grpo1/metrics.jsonl") < 2:
@@ -177,7 +155,7 @@ def test_a_signal_ends_a_long_step(strategy, name, shared, alone, tmp_path):
     done = num_lines(tmp_path / "r/grpo1/metrics.jsonl")
     assert [path.name for path in (tmp_path / "r/grpo1/checkpoints").iterdir()] == [f"step_{done:06d}"] and done < 5
     flag.unlink()
-    subprocess.run([sys.executable, "-c", START, *command], cwd=ROOT, env=os.environ | more, check=True)
+    run_command(*command)
     assert said(tmp_path / "r/grpo1/rollouts.jsonl") == said(alone / "grpo1/rollouts.jsonl")
     assert_same_training(strategy, alone, tmp_path / "r")
 

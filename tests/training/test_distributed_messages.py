@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from forking import call_ranks
 from two_processes import START
 
-from tartvg.config import Zero3Config, (
+from tartvg.config import (
     AnchorsConfig,
     Config,
     LoraConfig,
@@ -21,6 +22,7 @@ from tartvg.config import Zero3Config, (
     StageName,
     Strategy,
     TrainerConfig,
+    Zero3Config,
 )
 from tartvg.launch.processes import needs_processes, run_processes
 from tartvg.launch.signals import SIGNALS
@@ -100,65 +102,54 @@ def test_one_process_talks_to_itself():
     assert distributed.on_rank_zero(lambda: 3) == 3 and distributed.broadcast(4) == 4
 
 
-TALK = """
-import sys
-from tartvg.config import Strategy, TrainerConfig
-from tartvg.training import distributed
-distributed.init(TrainerConfig(devices=3, strategy=Strategy.ddp))
-me = distributed.rank()
-assert distributed.world_size() == 3
-assert distributed.all_gather_lines([f"{me} é {i}" for i in range(me)]) == ["1 é 0", "2 é 0", "2 é 1"]
-assert distributed.all_gather_lines([]) == []
-assert distributed.all_reduce_max(me, -me) == [2, 0] and distributed.all_reduce_sum(me, 0.5) == [3, 1.5]
-assert distributed.broadcast(me + 7) == 7
-alone = []
-assert distributed.on_rank_zero(lambda: alone.append(distributed.world_size())) is None
-assert alone == ([1] if me == 0 else [])
-assert distributed.on_rank_zero(lambda: 4) == 4
-assert distributed.on_rank_zero(lambda: distributed.on_rank_zero(lambda: 5)) == 5 and distributed.world_size() == 3
-with distributed.rank_zero_first():
-    pass
-distributed.destroy()
-assert distributed.world_size() == 1
-sys.exit(40 + me if "fail" in sys.argv else 0)
-"""
+def talk(end):
+    distributed.init(TrainerConfig(devices=3, strategy=Strategy.ddp))
+    me = distributed.rank()
+    assert distributed.world_size() == 3
+    assert distributed.all_gather_lines([f"{me} é {i}" for i in range(me)]) == ["1 é 0", "2 é 0", "2 é 1"]
+    assert distributed.all_gather_lines([]) == []
+    assert distributed.all_reduce_max(me, -me) == [2, 0] and distributed.all_reduce_sum(me, 0.5) == [3, 1.5]
+    assert distributed.broadcast(me + 7) == 7
+    alone = []
+    assert distributed.on_rank_zero(lambda: alone.append(distributed.world_size())) is None
+    assert alone == ([1] if me == 0 else [])
+    assert distributed.on_rank_zero(lambda: 4) == 4
+    assert distributed.on_rank_zero(lambda: distributed.on_rank_zero(lambda: 5)) == 5 and distributed.world_size() == 3
+    with distributed.rank_zero_first():
+        pass
+    distributed.destroy()
+    assert distributed.world_size() == 1
+    return 40 + me if end == "fail" else 0
 
 
 @pytest.mark.slow
 def test_three_processes_talk(tmp_path):
-    script = tmp_path / "talk.py"
-    script.write_text(TALK)
-    assert run_processes(3, [sys.executable, str(script)]) == 0
-    assert run_processes(3, [sys.executable, str(script), "fail"]) == 40
+    for end, code in (("well", 0), ("fail", 40)):
+        assert call_ranks(3, talk, end, output=tmp_path / end).wait(300) == code, (tmp_path / end).read_text()
 
 
-WAITING = """
-import sys, time
-from tartvg.config import Strategy, TrainerConfig
-from tartvg.training import distributed
-distributed.init(TrainerConfig(devices=2, strategy=Strategy.ddp, timeout_minutes=0.05))
-me = distributed.rank()
-assert distributed.on_rank_zero(lambda: time.sleep(4) or 4) == 4, "the leader's work may take longer"
-with distributed.rank_zero_first():
-    time.sleep(4 * distributed.is_rank_zero())
-begun = time.monotonic()
-try:
-    if me == 1:
-        time.sleep(15)
-    distributed.any_rank(False)
-except RuntimeError as error:
-    sys.exit(50 if me == 0 and time.monotonic() - begun < 12 and "Timed out" in str(error) else 1)
-finally:
-    distributed.destroy()  # as a run does: torch's threads would abort a process that ends without it, now and then
-"""
+def wait_for_one_another():
+    distributed.init(TrainerConfig(devices=2, strategy=Strategy.ddp, timeout_minutes=0.05))
+    me = distributed.rank()
+    assert distributed.on_rank_zero(lambda: time.sleep(4) or 4) == 4, "the leader's work may take longer"
+    with distributed.rank_zero_first():
+        time.sleep(4 * distributed.is_rank_zero())
+    begun = time.monotonic()
+    try:
+        if me == 1:
+            time.sleep(15)
+        distributed.any_rank(False)
+    except RuntimeError as error:
+        return 50 if me == 0 and time.monotonic() - begun < 12 and "Timed out" in str(error) else 1
+    finally:
+        distributed.destroy()  # as a run does: torch's threads would abort a process that ends without it, now and then
 
 
 @pytest.mark.slow
 def test_only_the_leader_is_waited_for_with_patience(tmp_path):
     """Three seconds are the limit within a step."""
-    script = tmp_path / "waiting.py"
-    script.write_text(WAITING)
-    assert run_processes(2, [sys.executable, str(script)]) == 50
+    said = tmp_path / "said"
+    assert call_ranks(2, wait_for_one_another, output=said).wait(300) == 50, said.read_text()
 
 
 def test_every_process_has_its_rank_and_the_exit_code_comes_back(tmp_path, monkeypatch):

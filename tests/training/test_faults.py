@@ -9,12 +9,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from test_checkpoint import names
-from test_training import CPU, GRPO, OFF, make_grpo
+from forking import ROOT
+from helpers.checkpoints import names
+from helpers.training import CPU, GRPO, OFF, RUBRIC, fit, lines, make_grpo
 
-from tartvg.config import AnchorsConfig, FramesConfig, RewardConfig, SettingError, SftConfig
-from tartvg.rewards import Rubric
+from tartvg.config import FramesConfig, SettingError, SftConfig
 from tartvg.tracking import Tracker
 from tartvg.training.batches import StepDataset
 from tartvg.training.checkpoint import latest_checkpoint
@@ -24,17 +23,7 @@ from tartvg.training.step import StageRun
 from tartvg.training.trainer import make_trainer
 from tartvg.types import Trace
 
-RUBRIC = Rubric(RewardConfig(), AnchorsConfig())
 FRAMES = FramesConfig(min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def fit(module, folder, prompts, steps, per_step=2):
-    data = StepDataset(prompts, per_step, 0, module.start_step, steps)
-    make_trainer(CPU, folder).fit(module, data)
 
 
 # -- numbers that are none -------------------------------------------------------------------------------------------
@@ -195,6 +184,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_the_wall_clock(tmp_path):
     """The C library's clock leaps a day with every look; run times and time limits stay right."""
     compiler = shutil.which("cc")
@@ -233,6 +223,7 @@ def mount(tmp_path):
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_named(small, run_command, mount, tmp_path):
     folder = mount(tmp_path / "disk", "ro,size=1m")
     overrides = [o for o in small if not o.startswith("dataset.root=")]

@@ -8,7 +8,7 @@ import itertools
 import json
 
 import pytest
-from test_training import CPU, OFF
+from helpers.training import CPU, OFF
 
 from tartvg.config import (
     AnchorsConfig,
@@ -34,6 +34,7 @@ from tartvg.training.step import StageRun
 from tartvg.training.trainer import make_trainer
 from tartvg.types import Trace
 
+pytestmark = pytest.mark.campaign
 GRPO = GrpoConfig(group_size=8, prompts_per_step=1, lr=5e-4, sampling=SamplingConfig(max_new_tokens=96))
 
 
@@ -127,7 +128,6 @@ def learn_by_heart(policy, prompts, tmp_path):
     return learn
 
 
-@pytest.mark.slow
 def test_video_blindness_one_answer_learnt_by_heart(train, learn_by_heart):
     learn_by_heart("<think>It is <timestamp>1.00 to 4.00</timestamp>.</think><answer>1.00 to 4.00</answer>")
     alarms, lines = train(1, group_size=2)
@@ -135,7 +135,6 @@ def test_video_blindness_one_answer_learnt_by_heart(train, learn_by_heart):
     assert lines[0]["anchors/shuffled_agreement"] > 0.9
 
 
-@pytest.mark.slow
 def test_stagnant_refinement_an_anchor_that_is_said_twice(train, learn_by_heart):
     anchor = "<timestamp>1.00 to 4.00</timestamp>"
     learn_by_heart(f"<think>It is {anchor}. So it is {anchor}.</think><answer>1.00 to 4.00</answer>")
@@ -144,7 +143,6 @@ def test_stagnant_refinement_an_anchor_that_is_said_twice(train, learn_by_heart)
     assert lines[0]["anchors/pairs_mean"] > 0.5
 
 
-@pytest.mark.slow
 def test_reward_hacking_a_reward_that_counts_anchors(train):
     """K is 1 here, and the base says about one anchor; then every anchor is paid for."""
     rubric = Judge(lambda reward: len(reward.anchor_ious))
@@ -152,7 +150,6 @@ def test_reward_hacking_a_reward_that_counts_anchors(train):
     assert "reward_hacking" in alarms, [line["anchors/count_mean"] for line in lines]
 
 
-@pytest.mark.slow
 def test_format_collapse_a_reward_for_breaking_it(train):
     """Without the demands on anchors, most of the base's outputs have the format: there is something to lose."""
     rubric = Judge(lambda reward: -reward.terms["format"], needs_anchors=False, answer_is_last_anchor=False)
@@ -160,7 +157,6 @@ def test_format_collapse_a_reward_for_breaking_it(train):
     assert "format_collapse" in alarms, [line["reward/format_mean"] for line in lines]
 
 
-@pytest.mark.slow
 def test_a_healthy_training_raises_none(train):
     alarms, lines = train(20, prompts_per_step=4)
     assert alarms == [] and len(lines) == 20

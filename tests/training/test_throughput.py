@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_training import CPU, make_grpo
+from helpers.training import CPU, make_grpo
 
 from tartvg.config import AnchorsConfig, RewardConfig
 from tartvg.rewards import Rubric

@@ -5,17 +5,14 @@ import json
 
 import pytest
 import torch
+from helpers.training import CPU, GRPO, OFF, make_grpo
 
 from tartvg.config import (
     AnchorsConfig,
     GrpoConfig,
     LrDecay,
     RewardConfig,
-    SamplingConfig,
     SftConfig,
-    TrackingConfig,
-    TrackingMode,
-    TrainerConfig,
 )
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
@@ -26,17 +23,6 @@ from tartvg.training.sft_module import SftModule, TraceDataset
 from tartvg.training.step import StageRun, learning_rate_share
 from tartvg.training.trainer import make_trainer
 from tartvg.types import RolloutGroup, Trace
-
-CPU = TrainerConfig(progress_bar=False)
-OFF = TrackingConfig(mode=TrackingMode.off)
-GRPO = GrpoConfig(max_steps=2, group_size=4, prompts_per_step=2, lr=1e-2, sampling=SamplingConfig(max_new_tokens=12))
-
-
-def make_grpo(policy, folder, rubric, settings=GRPO):
-    run = StageRun("grpo1", folder, 0, settings.max_steps, 1)
-    tracker = Tracker(folder, OFF, "r", "grpo1", {}, 0)
-    tracker.__enter__()
-    return GrpoModule(policy, rubric, settings, AnchorsConfig(), run, tracker)
 
 
 def test_every_epoch_uses_every_prompt_once():
@@ -139,6 +125,7 @@ def test_the_learning_rate_warms_up_and_falls_linearly():
     assert [learning_rate_share(GrpoConfig(), step, 4) for step in range(4)] == [1.0] * 4
 
 
+@pytest.mark.slow
 def test_grpo_learns_what_is_rewarded(policy, prompts, tmp_path):
     """The real module under a real trainer; only the reward is a toy: how often one token is said."""
     settings = dataclasses.replace(GRPO, max_steps=15, group_size=16, kl_coef=0.0, lr=5e-2)
@@ -187,6 +174,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(policy, prompts, tmp_p
     assert "is damaged (optimizer.pt: 7 bytes instead of" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_sft_raises_the_likelihood_of_its_traces(policy, prompts, tmp_path):
     by_id = {p.sample.sample_id: p for p in prompts}
     text = "<think>It is <timestamp>1.00 to 2.00</timestamp>.</think><answer>1.00 to 2.00</answer>"

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import start_command
+from forking import start as start_command
 from interruptions import kill_when, num_lines, rows
 
 from tartvg.config import SamplingConfig, SettingError, ValidationConfig

@@ -1,21 +1,21 @@
-"""A hundred thousand completions of a model gone mad, through parser and rubric."""
+"""Many completions of a model gone mad, through parser and rubric."""
 
 import random
 
+import pytest
 from fuzzing import RUBRICS, SAMPLE, check_reward, mutated, soup, valid
 
 from tartvg.response import parse_response
 from tartvg.types import Fault
 
-NUM_COMPLETIONS = 100_000
 
-
-def test_a_hundred_thousand_completions():
+@pytest.mark.parametrize("num_completions", [20_000, pytest.param(100_000, marks=pytest.mark.campaign)])
+def test_many_completions(num_completions):
     rng = random.Random(0)
     makers = [valid, mutated, mutated, soup]
     seen: set[Fault] = set()
     num_well_formed = 0
-    for i in range(NUM_COMPLETIONS):
+    for i in range(num_completions):
         text = makers[i % len(makers)](rng)
         response = parse_response(text)
         rubric = RUBRICS[rng.randrange(len(RUBRICS))]
@@ -26,7 +26,7 @@ def test_a_hundred_thousand_completions():
         if i % 50 == 0:
             assert parse_response(text) == response and rubric.score(response, SAMPLE) == reward
     assert seen == set(Fault)
-    assert NUM_COMPLETIONS / 10 < num_well_formed < NUM_COMPLETIONS / 2
+    assert num_completions / 10 < num_well_formed < num_completions / 2
 
 
 def test_padding_a_good_completion_with_anchors_never_pays():

@@ -1,82 +1,74 @@
 """The settings: every YAML composes, precedence, refusals, run folders. Nothing here may import torch."""
 
-import functools
 import json
 import os
 import resource
-import shutil
+import runpy
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from forking import call_here
+from helpers.settings import RECORDING_STAGE, ROOT, composed, composed_below, composer, files
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 
-from tartvg.config import AdvantageScale, Config, IouKind, SettingError, StageName, Strategy, register, to_dataclasses
+from tartvg.config import AdvantageScale, Config, IouKind, SettingError, StageName, Strategy
 from tartvg.config.errors import explain
 from tartvg.launch.job import MAX_FOLDER_LENGTH, job_name
 from tartvg.launch.sweep_files import axes, cells
 from tartvg.launch.sweeps import jobs_below
 
-ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ["dataset", "anchors", "reward", "grpo", "trainer", "tracking", "monitors", "policy", "stage"]
 GROUND = ["video=clip.mp4", "query=a door opens"]
 """What stage=ground cannot do without."""
-
-register()
-
-
-@contextmanager
-def composer(root: Path = ROOT) -> Iterator[None]:
-    """Hydra's compose API on the conf/ below `root`."""
-    before = os.environ.get("TARTVG_ROOT")
-    os.environ["TARTVG_ROOT"] = str(root)
-    try:
-        with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            yield
-    finally:
-        if before is None:
-            del os.environ["TARTVG_ROOT"]
-        else:
-            os.environ["TARTVG_ROOT"] = before
-
-
-@functools.cache
-def composed(*overrides: str) -> Config:
-    return composed_below(ROOT, *overrides)
-
-
-def composed_below(root: Path, *overrides: str) -> Config:
-    with composer(root):
-        return to_dataclasses(compose("config", overrides=list(overrides)))
 
 
 def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
 
 
-def files(folder: str) -> list[str]:
-    """Choices of a top-level group, nested ones as `question/variant`."""
-    top = ROOT / folder
-    return sorted(path.relative_to(top).with_suffix("").as_posix() for path in top.rglob("*.yaml"))
-
-
-def run(
-    *arguments: str, root: Path = ROOT, cwd: Path, flags: Sequence[str] = ()
-) -> tuple[subprocess.CompletedProcess[str], float]:
-    """The command in a real process, and its processor time in seconds: other work on the machine barely changes it."""
+def run(*arguments: str, cwd: Path, flags: Sequence[str] = ()) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The command in an interpreter, and its processor time in seconds: other work on the machine barely changes it."""
     environment = {key: value for key, value in os.environ.items() if key not in ("TARTVG_ROOT", "HYDRA_FULL_ERROR")}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, *flags, str(root / "run.py"), *arguments]
+    command = [sys.executable, *flags, str(ROOT / "run.py"), *arguments]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return done, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def run_clone(clone: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The clone's run.py in a copy of this process, which has imported Hydra already."""
+    said, errors = cwd / ".stdout", cwd / ".stderr"
+    process = call_here(become, clone, cwd, arguments, output=said, errors=errors)
+    done = subprocess.CompletedProcess(arguments, process.wait(120), said.read_text(), errors.read_text())
+    said.unlink()
+    errors.unlink()
+    return done
+
+
+def become(clone: Path, cwd: Path, arguments: Sequence[str]) -> int:
+    """Turn this process into the clone's run.py."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tartvg"]:
+        del sys.modules[name]
+    for name in ("TARTVG_ROOT", "HYDRA_FULL_ERROR"):
+        os.environ.pop(name, None)
+    GlobalHydra.instance().clear()
+    os.chdir(cwd)
+    sys.path.insert(0, str(clone))
+    sys.argv = [str(clone / "run.py"), *arguments]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        return end.code or 0  # type: ignore[return-value]
+    return 0
 
 
 def run_within(
@@ -88,18 +80,6 @@ def run_within(
         if taken < seconds:
             return done
     raise AssertionError(f"{arguments} takes {taken:.1f} s")
-
-
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    """The configuration without the rest of the package; tests spoil it, or add a stage that records its settings."""
-    root = tmp_path / "clone"
-    (root / "tartvg").mkdir(parents=True)
-    for folder in ("conf", "sweeps", "experiments", "tartvg/config", "tartvg/launch"):
-        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("run.py", "tartvg/__init__.py"):
-        shutil.copy(ROOT / file, root / file)
-    return root
 
 
 # --- every YAML is a test case
@@ -117,12 +97,18 @@ def test_every_sweep_composes_and_so_does_each_of_its_jobs(sweep: str) -> None:
     assert cfg.hydra.mode.name == "MULTIRUN"
     assert len(cfg.hydra.sweeper.params) >= 1
     of = axes(cfg.hydra.sweeper.params)
-    for key, values in of.items():
-        for value in values:
-            composed(f"sweeps={sweep}", f"{key}={value}")
+    # The seeds alone differ only where nothing else does: one cell of each variant, and every seed without variants.
+    named = {}
+    for cell in cells(of):
+        variant = tuple(o for o in cell if not o.startswith("seed="))
+        if variant not in named or not variant:
+            named[variant] = composed(f"sweeps={sweep}", *cell).name
     # One folder per cell, or the cells would overwrite each other.
     folders = [
-        (composed(f"sweeps={sweep}", cell[0]).name, [o for o in cell if not o.startswith("experiments=")])
+        (
+            named[tuple(o for o in cell if not o.startswith("seed="))],
+            [o for o in cell if not o.startswith("experiments=")],
+        )
         for cell in cells(of)
     ]
     names = {job_name(name, ",".join(rest)) for name, rest in folders}
@@ -308,20 +294,6 @@ def test_help_and_settings_answer_at_once_and_without_torch(tmp_path: Path, argu
 
 # --- run folders and how a run ends
 
-RECORDING_STAGE = """
-import json
-from pathlib import Path
-
-
-def run(config):
-    folder = Path(config.runs_dir) / config.name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "seen.json").write_text(json.dumps([config.anchors.count, config.seed]))
-    if config.seed == 1:
-        raise RuntimeError("no luck")
-    return 3 if config.seed == 3 else None
-"""
-
 
 def seen(cwd: Path) -> dict[str, list[int]]:
     runs = cwd / "runs"
@@ -330,7 +302,7 @@ def seen(cwd: Path) -> dict[str, list[int]]:
 
 def test_single_run_writes_into_its_name_and_nothing_else(clone: Path, tmp_path: Path) -> None:
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
-    done, _ = run("name=a/b", root=clone, cwd=tmp_path)
+    done = run_clone(clone, tmp_path, "name=a/b")
     assert (done.returncode, done.stderr) == (0, "")
     assert [path for path in tmp_path.rglob("*") if path.is_file() and clone not in path.parents] == [
         tmp_path / "runs" / "a" / "b" / "seen.json"
@@ -339,15 +311,15 @@ def test_single_run_writes_into_its_name_and_nothing_else(clone: Path, tmp_path:
 
 def test_exit_codes_of_a_single_run(clone: Path, tmp_path: Path) -> None:
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
-    failed, _ = run("seed=1", "name=x", root=clone, cwd=tmp_path)
+    failed = run_clone(clone, tmp_path, "seed=1", "name=x")
     assert failed.returncode == 1
     assert "RuntimeError: no luck" in failed.stderr
-    assert run("seed=3", "name=y", root=clone, cwd=tmp_path)[0].returncode == 3
+    assert run_clone(clone, tmp_path, "seed=3", "name=y").returncode == 3
 
 
 def test_jobs_of_a_sweep_have_their_own_folders_and_survive_a_failure(clone: Path, tmp_path: Path) -> None:
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
-    done, _ = run("sweeps=anchors", "anchors=one,three", "name=t", "stage=grpo1", root=clone, cwd=tmp_path)
+    done = run_clone(clone, tmp_path, "sweeps=anchors", "anchors=one,three", "name=t", "stage=grpo1")
     assert done.returncode == 1
     assert done.stderr.count("\nRuntimeError: no luck") == 2
     assert "The job anchors=three,seed=1 failed (exit code 1)" in done.stderr
@@ -365,34 +337,37 @@ def test_jobs_of_a_sweep_have_their_own_folders_and_survive_a_failure(clone: Pat
 def test_a_table_needs_no_flag_and_one_cell_of_it_runs_in_its_place(clone: Path, tmp_path: Path) -> None:
     """As a W&B agent gives it: the same folder as in the whole sweep."""
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE.replace("config.seed])", "config.reuse_stages])"))
-    done, _ = run("sweeps=anchors", "anchors=three", "seed=2", root=clone, cwd=tmp_path)
+    done = run_clone(clone, tmp_path, "sweeps=anchors", "anchors=three", "seed=2")
     assert (done.returncode, seen(tmp_path)) == (0, {"anchors/anchors=three,seed=2": [3, True]})
 
 
 def test_an_experiment_keeps_its_name_in_a_sweep(clone: Path, tmp_path: Path) -> None:
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
-    done, _ = run("sweeps=stage_order", "experiments=stage_order/base", "seed=0,2", root=clone, cwd=tmp_path)
+    done = run_clone(clone, tmp_path, "sweeps=stage_order", "experiments=stage_order/base", "seed=0,2")
     assert (done.returncode, seen(tmp_path)) == (
         0, {"stage_order/base/seed=0": [2, 0], "stage_order/base/seed=2": [2, 2]}
     )  # fmt: skip
-    refused, _ = run("sweeps=stage_order", "experiments=stage_order/base", "seed=0", "name=x", root=clone, cwd=tmp_path)
+    refused = run_clone(clone, tmp_path, "sweeps=stage_order", "experiments=stage_order/base", "seed=0", "name=x")
     assert refused.returncode == 2 and "name" in refused.stderr and "x/seed=0" not in seen(tmp_path)
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep_share_a_group(clone: Path, tmp_path: Path) -> None:
     (clone / "tartvg" / "stages.py").write_text("def run(config):\n    print('group', config.tracking.group)\n")
     for extra, group in (([], "t/anchors"), (["tracking.group=mine"], "mine")):
-        done, _ = run("sweeps=anchors", "seed=0", "name=t", "stage=grpo1", *extra, root=clone, cwd=tmp_path)
+        done = run_clone(
+            clone, tmp_path, "sweeps=anchors", "anchors=one,two", "seed=0", "name=t", "stage=grpo1", *extra
+        )
         assert {line for line in done.stdout.splitlines() if line.startswith("group")} == {f"group {group}"}
-    done, _ = run("sweeps=stage_order", "seed=0", root=clone, cwd=tmp_path)  # whose variants bring their own names
+    done = run_clone(clone, tmp_path, "sweeps=stage_order", "seed=0")  # whose variants bring their own names
     assert {line for line in done.stdout.splitlines() if line.startswith("group")} == {"group stage_order/stage_order"}
-    done, _ = run("name=t", root=clone, cwd=tmp_path)
+    done = run_clone(clone, tmp_path, "name=t")
     assert "group None" in done.stdout, "the tracker takes the name of the run"
 
 
 def test_sweep_of_several_devices_needs_an_outer_launcher(clone: Path, tmp_path: Path) -> None:
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
-    done, _ = run("-m", "seed=0", "trainer=ddp", root=clone, cwd=tmp_path)
+    done = run_clone(clone, tmp_path, "-m", "seed=0", "trainer=ddp")
     assert done.returncode == 2
     assert "trainer.devices" in done.stderr
     assert seen(tmp_path) == {}

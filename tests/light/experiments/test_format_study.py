@@ -96,7 +96,7 @@ def test_the_command_counts_with_the_cap_of_the_run(tmp_path: Path, capsys: pyte
     predictions = [said("a", 0, 3, [TRUTH, TRUTH, TRUTH], TRUTH)]
     (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(to_json(p)) + "\n" for p in predictions))
     for cap, share in ((2, "0.0 [0.0, 0.0]"), (3, "100.0 [100.0, 100.0]")):
-        (tmp_path / "config.yaml").write_text(f"anchors: {{target: 2, max: {cap}}}\n")
+        (tmp_path / "config.yaml").write_text(f"anchors: {{count: 2, max_count: {cap}}}\n")
         assert main([str(tmp_path)]) == 0
         shown = capsys.readouterr().out
         assert f"| all | 1 | 1 | 100.0 [100.0, 100.0] | {share} |" in shown and f"Valid: at most {cap} anchors" in shown

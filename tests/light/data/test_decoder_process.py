@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from decoders import DYING
-from test_decoding import FRAMES, numbers_on, write_usual
+from helpers.videos import FRAMES, numbers_on, write_usual
 
 from tartvg.config import FramesConfig
 from tartvg.data.clips import DECODERS, ClipReader, DecoderKilled, decode_isolated, examine_isolated

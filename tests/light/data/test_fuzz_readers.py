@@ -6,9 +6,9 @@ import time
 
 import pytest
 from fuzzing import bent, fuzz_annotations, row_of
+from helpers.settings import composed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_stages import composed
 
 from tartvg.config import DatasetName, SettingError
 from tartvg.data.annotations import ReadOptions
@@ -69,15 +69,26 @@ NAMES = [
 ]  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(name=st.sampled_from(NAMES), value=VALUES)
 def test_any_value_of_a_setting_is_taken_or_refused_by_name(name, value):
+    check_setting(name, value)
+
+
+@pytest.mark.campaign
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from(NAMES), value=VALUES)
+def test_any_value_of_a_setting_at_length(name, value):
+    check_setting(name, value)
+
+
+def check_setting(name, value):
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     from tartvg.config.errors import explain
 
     try:
-        composed([f"{name}={value}"])
+        composed(f"{name}={value}")
     except (SettingError, OmegaConfBaseException, HydraException) as error:
         assert name.split(".")[-1] in explain(error)

@@ -10,7 +10,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from forking import ROOT
+from helpers.settings import composed
 from interruptions import num_lines
 
 SBATCH, TORCHRUN = ROOT / "recipes/slurm.sbatch", ROOT / "recipes/torchrun.sh"
@@ -161,9 +162,7 @@ def commands():
 
 @pytest.mark.parametrize("overrides", commands(), ids=" ".join)
 def test_the_settings_of_the_recipes_compose(overrides):
-    from test_stages import composed
-
-    config = composed(overrides)
+    config = composed(*overrides)
     assert config.trainer.devices * config.trainer.num_nodes > 1 and config.trainer.strategy.value != "single"
 
 

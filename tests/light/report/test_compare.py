@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.report import ATTACK, Reader, Samples, make_run, prediction
 from PIL import Image
-from test_report import ATTACK, Reader, make_run, make_samples, prediction
 
 from tartvg.config import Config, SettingError
-from tartvg.evaluation.score import score
 from tartvg.launch.sweeps import Job
-from tartvg.records import dumps, read_jsonl, write_atomic, write_jsonl
+from tartvg.records import write_atomic
 from tartvg.report.__main__ import main
 from tartvg.report.bands import band_of
 from tartvg.report.cards import choose_extremes
@@ -39,69 +37,6 @@ from tartvg.report.export import latex_text, slug, to_csv, to_latex
 from tartvg.report.runs import read_run
 from tartvg.report.tables import Cell, Table, to_html, to_markdown
 from tartvg.types import GroundingSample, Span
-
-Samples = dict[str, GroundingSample]
-SETTINGS = """
-reward: {format_weight: 3.0, iou: soft}
-anchors: {target: 2, max: 3}
-grpo: {group_size: 4, prompts_per_step: 2}
-trainer: {accelerator: gpu, devices: 2, num_nodes: 1}
-stage: {sequence: [grpo1, filter, sft, grpo2, evaluate]}
-evaluate: {targets: [base, grpo1, sft, grpo2]}
-"""
-
-
-def shift(run: Path, samples: Samples, seconds: float) -> None:
-    """Move every answer of the final policy by some seconds, and score again."""
-    path = run / "evaluate" / "grpo2" / "predictions.jsonl"
-    moved = [
-        prediction(s, i, (Span(0, 7), a := Span(s.target.start + seconds, s.target.end + seconds)), a)
-        for s in samples.values()
-        for i in (0, 1)
-    ]
-    write_jsonl(path, moved)
-    write_atomic(path.with_name("scores.json"), dumps(score(list(samples.values()), moved, resamples=50)))
-
-
-def tilt(run: Path, factor: float) -> None:
-    """Scale the logged rewards, so that variants and seeds have curves of their own."""
-    for path in run.glob("grpo*/metrics.jsonl"):
-        rows = [{**row, "reward/total_mean": factor * row["reward/total_mean"]} for row in read_jsonl(path)]
-        write_jsonl(path, rows)
-
-
-@pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Samples]:
-    """anchors=one,two,three with seeds 0, 1: one of them failed, one never began. Eight videos that look the same."""
-    top = tmp_path_factory.mktemp("compare")
-    samples = make_samples(top)
-    video = (top / "clip.mp4").read_bytes()
-    for i, (key, sample) in enumerate(samples.items()):
-        (top / f"clip{i % 8}.mp4").write_bytes(video)
-        samples[key] = replace(sample, video=top / f"clip{i % 8}.mp4")
-    folder = top / "anchors"
-    for number, choice in enumerate(("one", "two", "three")):
-        for seed in (0, 1):
-            overrides = [f"anchors={choice}", f"seed={seed}"]
-            cell = folder / ",".join(overrides)
-            if overrides == ["anchors=three", "seed=1"]:
-                continue
-            job = Job(overrides, started=1.0)
-            if overrides == ["anchors=three", "seed=0"]:
-                job.end(cell, 1, "ValueError: the filter kept none")
-                continue
-            make_run(cell, samples)
-            write_atomic(cell / "config.yaml", SETTINGS)
-            tilt(cell, 1 - 0.1 * number + 0.05 * seed)
-            shift(cell, samples, 0.5 * (1 - number) + 0.05 * seed)
-            write_atomic(cell / "grpo2" / "manifest.json", dumps({"seconds": 75.0, "finished": True}))
-            if choice == "two":
-                manifest = {"seconds": 75.0, "finished": True, "copied_from": "anchors/anchors=one,seed=0/grpo1"}
-                write_atomic(cell / "grpo1" / "manifest.json", dumps(manifest))
-            job.end(cell, 0)
-    plan = {"hydra": {"sweeper": {"params": {"anchors": "one,two,three", "seed": "0,1"}}, "overrides": {"task": []}}}
-    write_atomic(folder / "multirun.yaml", json.dumps(plan))
-    return folder, samples
 
 
 def test_cells_of_a_sweep_are_the_planned_ones(sweep: tuple[Path, Samples]) -> None:
@@ -179,6 +114,7 @@ def test_the_budget_counts_a_shared_stage_once(sweep: tuple[Path, Samples]) -> N
     assert rows["three"]["whole run, s"] == "–"  # noqa: RUF001
 
 
+@pytest.mark.slow
 def test_pages_and_files_of_a_sweep(sweep: tuple[Path, Samples]) -> None:
     folder, samples = sweep
     page, tables = build_comparison(read_sweep_folder(folder), samples, folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import av
 import pytest
-from test_decoding import FRAMES, write
+from helpers.videos import FRAMES, write
 
 from tartvg.config import DatasetConfig, DatasetName
 from tartvg.data import activitynet, jsonl, tacos
@@ -156,6 +156,7 @@ def test_a_refused_file_harms_no_other(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_the_command_names_file_and_line_without_a_traceback(tmp_path, small, run_command) -> None:
     own_row(tmp_path, video="/etc/passwd").rename(tmp_path / "train.jsonl")
     overrides = [o for o in small if not o.startswith("dataset.")]

@@ -99,6 +99,7 @@ def test_the_default_policies_on_the_real_files(
 
 
 @needs_data
+@pytest.mark.slow
 def test_durations_and_windows_of_the_real_files() -> None:
     means = {}
     for name, reader, split, _ in TABLE:
@@ -154,6 +155,7 @@ def test_the_charades_test_set_is_refused_as_anything_else(split: str, tmp_path:
 
 
 @needs_data
+@pytest.mark.slow
 def test_validation_is_carved_out_of_the_training_videos_of_charades() -> None:
     settings = DatasetConfig(name=DatasetName.charades_sta, root=str(REAL / "charades_sta"))
     train, val, test = (load_samples(settings, split) for split in ("train", "val", "test"))

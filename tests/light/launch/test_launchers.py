@@ -9,16 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.settings import RECORDING_STAGE, composer
 from hydra import compose
 from hydra.errors import ConfigCompositionException
-from test_config import RECORDING_STAGE, clone, composer
 
 from tartvg.launch.sweeps import jobs_below
 
 pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra `sweeps`")
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra `sweeps`")
-
-__all__ = ["clone"]  # the fixture
 
 CLUSTER = {
     # Runs every task of the array at once, as the node would, and again if asked to; answers like the real command.

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.settings import ROOT, composed, composed_below, composer
 from hydra import compose
 from hydra.errors import ConfigCompositionException
-from test_config import ROOT, clone, composed, composed_below, composer, run
+from test_config import run_clone
 
 from tartvg.config import (
     Config,
@@ -30,8 +31,6 @@ from tartvg.config.reference import leaves, page
 from tartvg.config.renamed import REMOVED, RENAMED, refusal_of, refuse_old_names
 from tartvg.launch.job import launch
 from tartvg.launch.signals import SIGNALS
-
-__all__ = ["clone"]  # a fixture
 
 register()
 
@@ -189,7 +188,7 @@ def test_an_old_name_as_an_axis_ends_the_sweep_in_one_line(clone: Path, tmp_path
         "# @package _global_\nname: old\nhydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n"
         "      anchors.target: 1,2\n      seed: 0,1\n"
     )
-    done, _ = run(*arguments, root=clone, cwd=tmp_path)
+    done = run_clone(clone, tmp_path, *arguments)
     assert (done.returncode, done.stderr) == (2, "error: anchors.target is now called anchors.count\n")
 
 

@@ -1,0 +1,1 @@
+"""What several files of tests use: small real things, not stand-ins for ours."""
