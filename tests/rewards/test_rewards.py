@@ -120,7 +120,7 @@ def test_the_table_sums_to_the_published_formula_bit_for_bit(iou: IouKind, form:
         weights = [rng.choice((0.0, 1.0, 3.0, 5.0, rng.uniform(0, 9))) for _ in range(5)]
         reward = RewardConfig(*weights, iou, form, rng.random() < 0.5, rng.random() < 0.5, -rng.random())
         target = rng.randrange(1, 4)
-        anchors = AnchorsConfig(target=target, max=target + rng.randrange(3))
+        anchors = AnchorsConfig(count=target, max_count=target + rng.randrange(3))
         spans = tuple(Span(rng.uniform(-5, 205), rng.uniform(-5, 205)) for _ in range(rng.randrange(7)))
         spans += spans[-1:] * rng.randrange(2)  # a tie
         answer = rng.choice((None, *spans, Span(rng.uniform(0, 100), rng.uniform(100, 200))))
@@ -128,8 +128,8 @@ def test_the_table_sums_to_the_published_formula_bit_for_bit(iou: IouKind, form:
         found = Rubric(reward, anchors).score(Response(spans, answer, faults), sample())
         excused = {Fault.ANSWER_MISMATCH} if not (reward.answer_is_last_anchor and reward.needs_anchors) else set()
         excused |= set() if reward.needs_anchors else {Fault.NO_ANCHOR}
-        paid = [overlap(a, TRUTH) for a in spans[: anchors.max]]
-        form_value = 1.0 if not set(faults) - excused and len(spans) <= anchors.max else 0.0
+        paid = [overlap(a, TRUTH) for a in spans[: anchors.max_count]]
+        form_value = 1.0 if not set(faults) - excused and len(spans) <= anchors.max_count else 0.0
         answer_iou = reward.unparsed_iou if answer is None else overlap(answer, TRUTH)
         tar1 = sum(i * value for i, value in enumerate(paid, start=1))
         gap = len(spans) - target
