@@ -3,12 +3,14 @@
 import json
 import re
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 import pytest
 
 from tartvg import rewards
-from tartvg.config import AnchorsConfig, RewardConfig, TrackingConfig, TrackingMode
+from tartvg.config import AnchorsConfig, RewardConfig, SettingError, TrackingConfig, TrackingMode
+from tartvg.config.fields import setting
 from tartvg.grpo import rollout_metrics
 from tartvg.records import append_jsonl, group_from_json, read_jsonl
 from tartvg.report.page import build_report
@@ -21,10 +23,10 @@ from tartvg.types import Completion, GroundingSample, Prompt, Rollout, RolloutGr
 
 
 @dataclass
-class WithNarrowing(RewardConfig):
+class WithNarrowing(RewardConfig, path="reward"):
     """What one line in `RewardConfig` would be."""
 
-    narrowing_weight: float = 0.25
+    narrowing_weight: float = setting(0.25, at_least=0, below=inf)
 
 
 def narrowing_rewards(scored: ScoredResponse) -> list[float]:
@@ -82,7 +84,9 @@ def test_it_is_in_the_total_the_metrics_the_table_and_on_the_page(row: Term, tmp
     assert re.findall(r"<dt>narrowed anchors</dt><dd>(.*?)</dd>", page) == ["1.00", "0.00"]
 
 
-def test_surplus_anchors_earn_nothing_unless_the_row_says_so(row: Term, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_weight_has_a_range_and_only_a_row_pays_surplus_anchors(row: Term, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingError, match=r"reward\.narrowing_weight"):
+        WithNarrowing(narrowing_weight=-1.0)
     response = parse_response(FOUR)
     assert Rubric(WithNarrowing(), AnchorsConfig()).raw_terms(response, SAMPLE)["narrowing"] == [0, 1, 1]
     paid = replace(row, is_paid_above_cap=True, is_cost=True)
