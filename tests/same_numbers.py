@@ -12,11 +12,13 @@ anything differs.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from interruptions import results
 
@@ -42,7 +44,37 @@ RENAMED = {
     "trainer.zero3.max_reuse_distance": "trainer.keep_within",
 }
 """Today's settings -> those of the oldest checkout that is compared with, 5909bd5."""
-UNNAMED = {"seconds"}
+METRICS = {"anchors_mean": "count_mean", "consistency_rate": "answer_match_rate"}
+"""Names in scores.json and metrics.jsonl: that checkout's -> today's."""
+
+
+def today(value: Any) -> Any:
+    """A record of that checkout in today's form."""
+    if isinstance(value, list):
+        return [today(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    value = {rename(name): today(item) for name, item in value.items()}
+    if "tar1" in value and "anchor_ious" in value:
+        terms = {name: value.pop(name) for name in ("format", "iou", "tar1", "tar2", "tar3")}
+        value["terms"] = {name: float(item) for name, item in terms.items()}
+    return value
+
+
+def rename(name: str) -> str:
+    """A metric's name of today."""
+    head, _, last = name.rpartition("/")
+    return f"{head}/{METRICS.get(last, last)}" if head else METRICS.get(last, last)
+
+
+def parsed(value: object) -> object:
+    """Files that are text as JSON values, one per line or one in all."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in value.splitlines()]
 
 
 def old_name(setting: str) -> str:
@@ -62,7 +94,7 @@ def compare(old: dict[str, object], new: dict[str, object]) -> list[str]:
     """Lines about what differs."""
     said = [f"only in one: {name}" for name in sorted(old.keys() ^ new.keys())]
     for name in sorted(old.keys() & new.keys()):
-        a, b = old[name], new[name]
+        a, b = today(parsed(old[name])), today(parsed(new[name]))
         if name.endswith("metrics.jsonl"):
             assert isinstance(a, list) and isinstance(b, list)
             common = [name for name in a[0] if name in b[0]] if a and b else []
