@@ -48,7 +48,7 @@ def literal_loss(inputs: LossInputs, settings: LossSettings, normaliser: float |
                     KlEstimator.k1: -delta,
                     KlEstimator.k2: 0.5 * delta * delta,
                     KlEstimator.k3: torch.exp(delta) - delta - 1,
-                }[settings.kl]
+                }[settings.kl_estimator]
                 objective = objective - settings.kl_coef * kl
             losses.append(-objective)
         rows.append(losses)
@@ -226,7 +226,7 @@ def test_extreme_gaps_stay_finite(kl: KlEstimator, importance: ImportanceLevel, 
     logps = torch.full((2, 3), -1.0, requires_grad=True)
     far = torch.full((2, 3), -1.0 + gap)
     inputs = LossInputs(logps, far, far, torch.tensor([1.0, -1.0]), torch.ones(2, 3))
-    output = grpo_loss(inputs, LossSettings(kl=kl, importance_level=importance))
+    output = grpo_loss(inputs, LossSettings(kl_estimator=kl, importance_level=importance))
     output.loss.backward()
     assert torch.isfinite(output.loss) and logps.grad is not None and torch.isfinite(logps.grad).all()
 

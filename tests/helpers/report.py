@@ -163,7 +163,7 @@ anchors: {count: 2, max_count: 3}
 grpo: {group_size: 4, prompts_per_step: 2}
 trainer: {accelerator: gpu, devices: 2, num_nodes: 1}
 stage: {sequence: [grpo1, filter, sft, grpo2, evaluate]}
-evaluate: {targets: [base, grpo1, sft, grpo2]}
+evaluate: {policies: [base, grpo1, sft, grpo2]}
 """
 
 

@@ -82,14 +82,14 @@ def test_scores_of_weights_that_are_being_replaced_do_not_count(cells_of_two: Pa
         assert read_sweep_folder(cells_of_two).of("one")[1].lack == lack
         (again / stage / "manifest.json").unlink()
     # What the base is worth does not depend on them.
-    write_atomic(again / "config.yaml", "stage: {sequence: [evaluate]}\nevaluate: {targets: [base]}\n")
+    write_atomic(again / "config.yaml", "stage: {sequence: [evaluate]}\nevaluate: {policies: [base]}\n")
     write_atomic(again / "sft" / "manifest.json", dumps({"seconds": 1.0, "finished": False}))
     assert read_sweep_folder(cells_of_two).of("one")[1].final == "base"
 
 
 def test_the_runs_own_commands_say_what_is_to_be_scored(tmp_path: Path) -> None:
     def plan(place: str, stage: str, targets: str) -> list[str]:
-        write_atomic(tmp_path / place / "config.yaml", f"stage: {stage}\nevaluate: {{targets: {targets}}}\n")
+        write_atomic(tmp_path / place / "config.yaml", f"stage: {stage}\nevaluate: {{policies: {targets}}}\n")
         return planned_targets(read_run(tmp_path))
 
     assert planned_targets(read_run(tmp_path)) == []

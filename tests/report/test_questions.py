@@ -34,7 +34,7 @@ def write_data(root: Path, samples: Samples) -> None:
 
 def settings(root: Path, split: str = "test") -> str:
     return (
-        f"dataset: {{name: jsonl, root: '{root}'}}\nevaluate: {{split: {split}, targets: [base, grpo1, sft, grpo2]}}\n"
+        f"dataset: {{name: jsonl, root: '{root}'}}\nevaluate: {{split: {split}, policies: [base, grpo1, sft, grpo2]}}\n"
         "stage: {sequence: [grpo1, filter, sft, grpo2, evaluate]}\n"
     )
 

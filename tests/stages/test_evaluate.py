@@ -91,7 +91,7 @@ def test_two_targets_never_share_a_place(tmp_path: Path) -> None:
     refuse_equal_labels(["base", "grpo2", f"{tmp_path}/a/sft/adapter", "base"])
     for other in ("grpo2", f"{tmp_path}/b/grpo2/adapter"):
         with pytest.raises(
-            SettingError, match=rf"evaluate\.targets: {other} and .*/a/grpo2/adapter would both be .*name="
+            SettingError, match=rf"evaluate\.policies: {other} and .*/a/grpo2/adapter would both be .*name="
         ):
             refuse_equal_labels([other, f"{tmp_path}/a/grpo2/adapter"])
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.report import ATTACK, Reader, Samples, make_run, prediction
+from helpers.report import ATTACK, SETTINGS, Reader, Samples, make_run, prediction
 from PIL import Image
 
-from tartvg.config import Config, SettingError
+from tartvg.config import Config, DatasetConfig, DatasetName, SettingError
 from tartvg.launch.sweeps import Job
 from tartvg.records import write_atomic
 from tartvg.report.__main__ import main
@@ -34,7 +34,8 @@ from tartvg.report.compare import (
 )
 from tartvg.report.compare_page import build_comparison, closing, rubric_of
 from tartvg.report.export import latex_text, slug, to_csv, to_latex
-from tartvg.report.runs import read_run
+from tartvg.report.questions import data_of
+from tartvg.report.runs import planned_targets, read_run
 from tartvg.report.tables import Cell, Table, to_html, to_markdown
 from tartvg.types import GroundingSample, Span
 
@@ -208,6 +209,18 @@ def test_extremes_are_the_most_changed_and_the_ends() -> None:
 def test_rewards_in_the_gallery_are_the_runs_own(sweep: tuple[Path, Samples]) -> None:
     rubric = rubric_of(read_run(sweep[0] / "anchors=two,seed=0"))
     assert rubric is not None and (rubric.anchors.max_count, rubric.reward.beta) == (3, 5.0)
+
+
+def test_settings_under_old_names_are_not_understood_and_hurt_nobody(sweep: tuple[Path, Samples]) -> None:
+    folder = sweep[0] / "anchors=two,seed=0"
+    old = SETTINGS.replace("{count: 2, max_count: 3}", "{target: 2, max: 3, filter: {min_reward: 6.4}}")
+    old = old.replace("policies:", "targets:") + "dataset: {name: planted, limit: null}\nselection: {keep: last}\n"
+    for path in [folder / "config.yaml", *folder.glob("**/config.yaml")]:
+        write_atomic(path, old)
+    run = read_run(folder)
+    assert rubric_of(run) is None
+    assert data_of(run, "grpo2", DatasetConfig(name=DatasetName.planted)) is None
+    assert planned_targets(run) == ["base", "grpo1", "sft", "grpo2"]
 
 
 def test_latex_and_csv_of_awkward_text() -> None:
