@@ -157,6 +157,7 @@ def test_a_planned_cell_that_another_job_has_made_is_not_one_more(tmp_path: Path
     assert after({"anchors": "two,one"}) == begun
 
 
+@pytest.mark.slow
 def test_a_run_and_a_sweep_in_one_folder_are_both_reported(
     cells_of_two: Path, sweep: tuple[Path, Samples], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ def run(tmp_path: Path, samples: Samples) -> Path:
     return tmp_path / "demo"
 
 
+@pytest.mark.slow
 def test_the_data_set_of_the_run_is_read(run: Path, samples: Samples, capsys: pytest.CaptureFixture[str]) -> None:
     found = questions_of([read_run(run)], ELSEWHERE)
     assert found.remarks == () and set(found.samples_by_id) == set(samples)
@@ -68,6 +69,7 @@ def test_the_data_set_of_the_run_is_read(run: Path, samples: Samples, capsys: py
     assert "cannot be read" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_windows_or_queries_are_named_and_not_tested(run: Path, samples: Samples) -> None:
     changed = dict(samples)
     changed["q1"] = dataclasses.replace(samples["q1"], windows=(Span(0.0, 1.0),))
@@ -84,6 +86,7 @@ def test_other_windows_or_queries_are_named_and_not_tested(run: Path, samples: S
     assert "permutation test" not in page
 
 
+@pytest.mark.slow
 def test_a_data_set_that_is_gone_is_looked_for_where_the_command_says(run: Path, samples: Samples) -> None:
     (run.parent / "data").rename(run.parent / "moved")
     found = questions_of([read_run(run)], DatasetConfig(DatasetName.jsonl, root=str(run.parent / "moved")))
