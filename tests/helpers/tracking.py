@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tartvg import rewards
 from tartvg.config import TrackingConfig, TrackingMode
 from tartvg.tracking.tracker import Tracker
 from tartvg.types import (
@@ -40,7 +41,7 @@ def group(*totals: float, query: str = "the red square appears") -> RolloutGroup
         Rollout(
             Completion(f"text of {total}", (1, 2), (-0.5, -0.5), True),
             Response((Span(0.0, 3.0), Span(1.0, 3.0)), Span(1.0, 3.0) if total > 0 else None, ()),
-            RewardBreakdown(total, {"format": 1.0, "iou": 0.5, "tar1": 2.0, "tar2": 0.0, "tar3": 1.0}, (0.6, 1.0)),
+            RewardBreakdown(total, {term.name: 0.5 for term in rewards.rubric.TERMS}, (0.6, 1.0)),
         )
         for total in totals
     )

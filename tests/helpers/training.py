@@ -13,7 +13,7 @@ from tartvg.config import (
 )
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
-from tartvg.training.batches import StepDataset, step_loader
+from tartvg.training.batches import StepDataset
 from tartvg.training.grpo_module import GrpoModule
 from tartvg.training.step import StageRun
 from tartvg.training.trainer import make_trainer
@@ -38,5 +38,5 @@ def lines(path):
 
 
 def fit(module, folder, prompts, steps, per_step=2):
-    data = StepDataset(prompts, per_step, 0, module.start_step, steps, None)
-    make_trainer(CPU, folder).fit(module, step_loader(data, 0))
+    data = StepDataset(prompts, per_step, 0, module.start_step, steps)
+    make_trainer(CPU, folder).fit(module, data)

@@ -8,7 +8,7 @@ from helpers.training import CPU, make_grpo
 
 from tartvg.config import AnchorsConfig, RewardConfig
 from tartvg.rewards import Rubric
-from tartvg.training.batches import StepDataset, step_loader
+from tartvg.training.batches import StepDataset
 from tartvg.training.throughput import GIB, Throughput, peak_flops, utilisation
 from tartvg.training.trainer import make_trainer
 
@@ -34,7 +34,7 @@ def test_tokens_are_counted_from_the_beginning_of_a_step():
 
 def test_a_training_logs_them(policy, prompts, tmp_path):
     module = make_grpo(policy, tmp_path, Rubric(RewardConfig(), AnchorsConfig()))
-    make_trainer(CPU, tmp_path).fit(module, step_loader(StepDataset(prompts, 2, 0, 0, 2, None), 0))
+    make_trainer(CPU, tmp_path).fit(module, StepDataset(prompts, 2, 0, 0, 2))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     groups = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     for row in rows:

@@ -62,9 +62,7 @@ def test_an_adapter_without_its_row_is_saved_again(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"every": 5, "split": "test"}, "a policy chosen by its test scores"),
         ({"keep_best": True}, "without validation.every"),
-        ({"every": 5, "keep": "first"}, "last or best"),
         ({"every": -1}, ">= 0"),
         ({"every": 5, "num_queries": 0}, "validation.num_queries"),
     ],
