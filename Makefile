@@ -49,7 +49,7 @@ imports: $(STAMP)
 	$(BIN)/lint-imports
 
 light: $(STAMP) ## the quick tests that need no torch
-	$(PYTEST) -n 0 -m "$(QUICK)" tests/light
+	$(PYTEST) -n 2 -m "$(QUICK)" tests/light
 
 quick: $(STAMP)
 	$(PYTEST) -n 2 -m "$(QUICK)" --ignore=tests/light

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from forking import ROOT
 from interruptions import results
 
 from tartvg.config import FramesConfig
