@@ -23,7 +23,6 @@ from tartvg.config.choices import (
     SettingError,
     StageName,
     StageStopped,
-    Strategy,
     TrackingMode,
     require,
 )
@@ -38,7 +37,7 @@ from tartvg.config.reward import RewardConfig
 from tartvg.config.run import Config, PretrainConfig, StageConfig
 from tartvg.config.sft import SftConfig
 from tartvg.config.tracking import ReportConfig, TrackingConfig
-from tartvg.config.trainer import TrainerConfig, Zero3Config
+from tartvg.config.trainer import Strategy, TrainerConfig, Zero3Config
 from tartvg.config.validation import ValidationConfig
 
 __all__ = [

@@ -116,26 +116,6 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
-class Strategy(Enum):
-    """How Lightning runs the modules."""
-
-    single = "single"
-    ddp = "ddp"
-    zero2 = "zero2"
-    zero3 = "zero3"
-    zero3_offload = "zero3_offload"
-
-    @property
-    def zero_stage(self) -> int:
-        """DeepSpeed's ZeRO stage: 2 partitions gradients and moments, 3 the weights too; 0 without it."""
-        return {"zero2": 2, "zero3": 3, "zero3_offload": 3}.get(self.value, 0)
-
-    @property
-    def is_offloaded(self) -> bool:
-        """Whether weights and optimiser state lie in main memory."""
-        return self is Strategy.zero3_offload
-
-
 class TrackingMode(Enum):
     """`offline` writes W&B files to sync later; `off` keeps metrics.jsonl only."""
 

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
-from tartvg.config.choices import Strategy, require
+from tartvg.config.choices import require
 from tartvg.config.fields import Settings, setting
+
+
+class Strategy(Enum):
+    """How Lightning runs the modules."""
+
+    single = "single"
+    ddp = "ddp"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    zero3_offload = "zero3_offload"
+
+    @property
+    def zero_stage(self) -> int:
+        """DeepSpeed's ZeRO stage: 2 partitions gradients and moments, 3 the weights too; 0 without it."""
+        return {"zero2": 2, "zero3": 3, "zero3_offload": 3}.get(self.value, 0)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether weights and optimiser state lie in main memory."""
+        return self is Strategy.zero3_offload
 
 
 @dataclass
@@ -37,7 +58,7 @@ class TrainerConfig(Settings, path="trainer"):
     num_threads: int = setting(2, at_least=1)
     """CPU threads of torch; part of what makes a CPU run bit-reproducible."""
     num_workers: int = setting(0, at_least=0)
-    """Processes that decode video ahead; 0 decodes in the main process."""
+    """Processes that decode video ahead; 0 decodes each video when it is used, in one process."""
     checkpoint_every: int = setting(5, at_least=1)
     """Optimiser steps between checkpoints."""
     checkpoint_minutes: float = setting(30.0, above=0)

@@ -1,6 +1,6 @@
 """docs/settings.md from the dataclasses: every setting with its type, default, range and meaning. No torch.
 
-python -m tartvg.config.reference > docs/settings.md
+python docs/make_settings.py > docs/settings.md
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHOICES = ("experiments", "sweeps")
 """Fields of `Config` that hold the choice of a file, not a value."""
 HEADER = """# Settings
 
-Every setting of `python run.py`, made from the dataclasses in `tartvg/config/` by `python -m tartvg.config.reference`.
+Every setting of `python run.py`, made from the dataclasses in `tartvg/config/` by `python docs/make_settings.py`.
 Defaults are those of the classes; the files in `conf/` lie over them (`python run.py --cfg job` shows the result).
 A value outside its range is refused with the name of the setting, and so is an old name, with the new one."""
 
