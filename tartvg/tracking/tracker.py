@@ -45,7 +45,7 @@ def tags_of(config: Mapping[str, Any]) -> list[str]:
     found = {
         "policy": config.get("policy", {}).get("name"),
         "dataset": config.get("dataset", {}).get("name"),
-        "anchors": config.get("anchors", {}).get("target"),
+        "anchors": config.get("anchors", {}).get("count"),
         "seed": config.get("seed"),
     }
     return [f"{key}:{value}" for key, value in found.items() if value is not None]

@@ -42,8 +42,8 @@ class Counting(GrpoModule):
     def count(self, *_):
         self.calls += 1
 
-    def end_step(self, step, metrics):
-        super().end_step(step, metrics)
+    def end(self, step, metrics):
+        super().end(step, metrics)
         self.after_step.append(self.calls)
 
 

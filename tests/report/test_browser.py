@@ -43,7 +43,7 @@ CONTRAST = """() => {
   let least = 21;
   for (const e of document.querySelectorAll('p, td, th, h1, h2, h3, h4, dt, dd, li, caption, summary, span, small')) {
     if (![...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())) continue;
-    const [a, b] = [with_rounded_logps(parse(getComputedStyle(e).color)), with_rounded_logps(ground(e))];
+    const [a, b] = [light(parse(getComputedStyle(e).color)), light(ground(e))];
     least = Math.min(least, (Math.max(a, b) + .05) / (Math.min(a, b) + .05));
   }
   return least;

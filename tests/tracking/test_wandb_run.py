@@ -77,5 +77,5 @@ def test_the_workspace_names_only_metrics_of_a_real_run(run: Path) -> None:
     for stage in STAGES:
         for row in history(wandb_records(run / stage)).values():
             logged |= {name.removesuffix("/path") for name in row}
-    # an untrained model says no times, so nothing can be compared with shuffled frames
-    assert workspace("planted").metrics - logged <= {"anchors/shuffled_agreement"}
+    # An untrained model says no times to compare with shuffled frames, and the peak of a CPU is not known.
+    assert workspace("planted").metrics - logged <= {"anchors/shuffled_agreement", "perf/mfu"}

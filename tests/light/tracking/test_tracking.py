@@ -132,7 +132,7 @@ def test_names_of_artifacts_and_tags() -> None:
     assert artifact_name("grpo1-rollouts") == "grpo1-rollouts"
     assert artifact_name("my adapter (old)/x") == "my-adapter-old-x"
     assert len(artifact_name("x" * 200)) == MAX_ARTIFACT_NAME
-    config = {"policy": {"name": "tiny"}, "dataset": {"name": "planted"}, "anchors": {"target": 2}, "seed": 0}
+    config = {"policy": {"name": "tiny"}, "dataset": {"name": "planted"}, "anchors": {"count": 2}, "seed": 0}
     assert tags_of(config) == ["policy:tiny", "dataset:planted", "anchors:2", "seed:0"]
 
 
