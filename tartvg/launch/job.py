@@ -188,6 +188,9 @@ def _is_sweep() -> bool:
 def _report(error: Exception) -> int:
     if isinstance(error, JobFailed):
         return error.code
+    if PREEMPTION.received is not None:  # a library may turn the exception of a signal into one of its own
+        print(f"{PREEMPTION.received}: stopped by {type(error).__name__}: {error}", file=sys.stderr)
+        return REQUEUE_CODE
     if isinstance(error, SettingError | OmegaConfBaseException):
         if not is_follower():
             print(f"error: {explain(error)}", file=sys.stderr)
