@@ -49,7 +49,7 @@ def processor_seconds():
 @pytest.fixture(scope="session")
 def untrained_base(tmp_path_factory):
     """The tiny architecture with random weights, in Hugging Face format."""
-    from tartvg.tiny.model import build_tiny
+    from experiments.tiny_base.model import build_tiny
 
     folder = tmp_path_factory.mktemp("untrained")
     text = "<think>It is <timestamp>1.00 to 2.00</timestamp>.</think><answer>1.00 to 2.00</answer> the red circle"

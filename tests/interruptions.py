@@ -104,7 +104,7 @@ def settings_in(folder):
     """The small pipeline with an untrained base of its own below `folder`."""
     base = folder / "base"
     if not base.is_dir():
-        from tartvg.tiny.model import build_tiny
+        from experiments.tiny_base.model import build_tiny
 
         text = "<think>It is <timestamp>1.00 to 2.00</timestamp>.</think><answer>1.00 to 2.00</answer> the red circle"
         model, tokenizer = build_tiny([text] * 3, seed=0)

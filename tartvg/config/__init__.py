@@ -34,7 +34,7 @@ from tartvg.config.monitors import MonitorName, MonitorsConfig
 from tartvg.config.policy import FramesConfig, LoraConfig, PolicyConfig
 from tartvg.config.resolvers import register_resolvers
 from tartvg.config.reward import RewardConfig
-from tartvg.config.run import Config, PretrainConfig, StageConfig
+from tartvg.config.run import Config, StageConfig
 from tartvg.config.sft import SftConfig
 from tartvg.config.tracking import ReportConfig, TrackingConfig
 from tartvg.config.trainer import Strategy, TrainerConfig, Zero3Config
@@ -64,7 +64,6 @@ __all__ = [
     "PlantedConfig",
     "PolicyConfig",
     "Precision",
-    "PretrainConfig",
     "PromptStyle",
     "ReportConfig",
     "RewardConfig",

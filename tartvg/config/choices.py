@@ -23,7 +23,6 @@ class StageName(Enum):
     """The entry points of `stage=`."""
 
     pipeline = "pipeline"
-    pretrain = "pretrain"
     rollouts = "rollouts"
     grpo1 = "grpo1"
     filter = "filter"

@@ -47,7 +47,7 @@ RENAMED: dict[str, str] = {
 """Old name -> new name, of settings, of whole groups and of choices (`group=choice`)."""
 
 _MONITOR = "its bound is a constant of tartvg/monitors.py"
-_PRETRAIN = "it is a constant of tartvg/tiny/pretrain.py"
+_PRETRAIN = "the embedded base is made by `python -m experiments.tiny_base`"
 _SFT = "sft trains at a constant rate, as in tartvg/config/sft.py"
 REMOVED: dict[str, str] = {
     "selection.split": "validation asks the val split",
@@ -72,15 +72,8 @@ REMOVED: dict[str, str] = {
     "monitors.entropy_share": _MONITOR,
     "monitors.kl_max": _MONITOR,
     "monitors.blind_agreement": _MONITOR,
-    "pretrain.start": "stage=pretrain always begins anew, or continues in pretrain.output",
-    "pretrain.num_videos": _PRETRAIN,
-    "pretrain.tower_steps": _PRETRAIN,
-    "pretrain.perception_steps": _PRETRAIN,
-    "pretrain.habit_steps": _PRETRAIN,
-    "pretrain.repeat_steps": _PRETRAIN,
-    "pretrain.batch_size": _PRETRAIN,
-    "pretrain.lr": _PRETRAIN,
-    "pretrain.habit_lr": _PRETRAIN,
+    "stage=pretrain": _PRETRAIN,
+    "pretrain": _PRETRAIN,
 }
 """Setting that is gone -> what holds instead."""
 

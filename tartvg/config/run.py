@@ -31,14 +31,6 @@ class StageConfig(Settings, path="stage"):
 
 
 @dataclass
-class PretrainConfig(Settings, path="pretrain"):
-    """Making the tiny stand-in for a pretrained model: perception first, then the imprecise habit."""
-
-    output: str = "runs/tiny_base"
-    """Folder that receives the model in Hugging Face format."""
-
-
-@dataclass
 class Config(Settings):
     """One run."""
 
@@ -66,7 +58,6 @@ class Config(Settings):
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     faithfulness: FaithfulnessConfig = field(default_factory=FaithfulnessConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

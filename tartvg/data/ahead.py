@@ -6,16 +6,20 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tartvg.data.decoder_process import SENT
 
 Batch = TypeVar("Batch")
 Item = TypeVar("Item", bound=Hashable)
 Result = TypeVar("Result")
-Task = tuple["Future[Result]", Callable[[Item], Result], Item]
+Reply = SimpleQueue[tuple[Any, BaseException | None]]
+"""Of one item: what `function` returned, or raised.
+
+Not a Future, which waits in Python: the exception of a signal in the middle of that leaves its lock in a state that
+raises another exception in its place. This one waits in C.
+"""
 
 
 def ahead(
@@ -32,46 +36,49 @@ def ahead(
     if not num_threads:
         yield from ((batch, {item: function(item) for item in items_of(batch)}) for batch in source)
         return
-    tasks: SimpleQueue[Task[Result, Item] | None] = SimpleQueue()
-    begun: deque[tuple[Batch, dict[Item, Future[Result]]]] = deque()
+    tasks: SimpleQueue[tuple[Reply, Item] | None] = SimpleQueue()
+    begun: deque[tuple[Batch, dict[Item, Reply]]] = deque()
+    is_over = threading.Event()
 
     def begin() -> None:
-        while not begun or (len(begun) < num_ahead and sum(len(futures) for _, futures in begun) < num_ahead):
+        while not begun or (len(begun) < num_ahead and sum(len(replies) for _, replies in begun) < num_ahead):
             batch = next(source, None)
             if batch is None:
                 return
-            futures: dict[Item, Future[Result]] = {item: Future() for item in items_of(batch)}
-            begun.append((batch, futures))
-            for item, future in futures.items():
-                tasks.put((future, function, item))
+            replies: dict[Item, Reply] = {item: SimpleQueue() for item in items_of(batch)}
+            begun.append((batch, replies))
+            for item, reply in replies.items():
+                tasks.put((reply, item))
+
+    def work() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SENT)  # these are for the main thread, which they wake up
+        while (task := tasks.get()) is not None and not is_over.is_set():
+            reply, item = task
+            try:
+                reply.put((function(item), None))
+            except BaseException as error:
+                reply.put((None, error))
+            del task, reply
 
     try:
         for _ in range(num_threads):
             # Not a ThreadPoolExecutor: the end of the interpreter waits for its threads, which wait for a decoder.
-            threading.Thread(target=_work, args=(tasks,), daemon=True).start()
+            threading.Thread(target=work, daemon=True).start()
         begin()
         while begun:
-            batch, futures = begun.popleft()
-            results = {item: future.result() for item, future in futures.items()}
-            del futures
+            batch, replies = begun.popleft()
+            results = {item: _result(reply) for item, reply in replies.items()}
             begin()
             yield batch, results
             del results
     finally:
-        for _, futures in begun:
-            for future in futures.values():
-                future.cancel()
+        is_over.set()
         for _ in range(num_threads):
             tasks.put(None)
 
 
-def _work(tasks: SimpleQueue[Task[Result, Item] | None]) -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, SENT)  # these are for the main thread, which they wake up
-    while (task := tasks.get()) is not None:
-        future, function, item = task
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(function(item))
-            except BaseException as error:
-                future.set_exception(error)
-        del task, future
+def _result(reply: Reply) -> Any:
+    result, error = reply.get()
+    if error is not None:
+        raise error
+    return result

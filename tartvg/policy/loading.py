@@ -40,7 +40,7 @@ def base_path(settings: PolicyConfig) -> str:
     path = embedded_path()
     if not (path / "config.json").is_file():
         raise ValueError(
-            f"policy.path={EMBEDDED_TINY}: {path} is missing; build it with `python run.py stage=pretrain`"
+            f"policy.path={EMBEDDED_TINY}: {path} is missing; build it with `python -m experiments.tiny_base`"
         )
     return str(path)
 

@@ -8,7 +8,6 @@ from tartvg.config import Config, SettingError, StageName
 from tartvg.launch.processes import TRAINED, is_parallel, is_started
 
 STAGES: dict[StageName, str] = {
-    StageName.pretrain: "tartvg.tiny.pretrain:run_pretrain",
     StageName.rollouts: "tartvg.stages.rollouts:run_rollouts",
     StageName.grpo1: "tartvg.stages.grpo:run_grpo1",
     StageName.filter: "tartvg.stages.filter:run_filter",

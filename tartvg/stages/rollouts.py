@@ -44,7 +44,7 @@ def run_rollouts(config: Config) -> None:
 
 def _draw(config: Config, folder: Path, max_steps: int) -> None:
     prompts = prompts_of(config, "train")
-    run = StageRun(STAGE, folder, config.seed, max_steps, config.trainer.checkpoint_every)
+    run = StageRun(STAGE, folder, config.seed, max_steps, config.trainer)
     start = _finished_steps(folder / "metrics.jsonl")
     keep_before(folder / "rollouts.jsonl", start)
     tracker = Tracker(folder, config.tracking, config.name, STAGE, to_json(config), config.seed, start)

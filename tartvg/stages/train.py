@@ -57,8 +57,8 @@ def train_stage(
     tracker = Tracker(
         folder, config.tracking, config.name, stage, to_json(config), config.seed, start_step, is_active=is_rank_zero
     )
-    run = StageRun.from_config(
-        config.trainer, stage, folder, config.seed, max_steps, config.monitors, config.faithfulness,
+    run = StageRun(
+        stage, folder, config.seed, max_steps, config.trainer, config.monitors, config.faithfulness,
         config.anchors.count, config.grpo.rows_per_pass,
     )  # fmt: skip
     validation = validation_of(config, folder, max_steps)

@@ -308,7 +308,7 @@ class GrpoModule(StepModule):
         """Append the completions to rollouts.jsonl, one line per group, and show some of them at checkpoints."""
         if distributed.is_rank_zero():
             append_jsonl(self.run.folder / "rollouts.jsonl", [with_rounded_logps(g) for g in groups])
-        if (step + 1) % self.run.checkpoint_every == 0 or step + 1 == self.run.max_steps:
+        if (step + 1) % self.run.trainer.checkpoint_every == 0 or step + 1 == self.run.max_steps:
             self.tracker.examples(groups, step)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from tartvg.policy.sampling import stream_seed
 from tartvg.records import dumps, flush_to_disk
 from tartvg.tracking import Tracker
 from tartvg.training import distributed
-from tartvg.training.checkpoint import KEPT, Checkpoint, adapter_weights, restore_adapter, save_checkpoint
+from tartvg.training.checkpoint import Checkpoint, adapter_weights, restore_adapter, save_checkpoint
 from tartvg.training.deepspeed import ZeroEngine
 from tartvg.training.engine import Engine
 from tartvg.training.faults import Faults, finite
@@ -64,29 +63,12 @@ class StageRun:
     folder: Path
     seed: int
     max_steps: int
-    checkpoint_every: int
-    checkpoint_minutes: float = math.inf
-    """A checkpoint is also written after this time without one."""
-    checkpoints_kept: int = KEPT
-    max_skipped_steps: int = 5
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
     faithfulness: FaithfulnessConfig = field(default_factory=FaithfulnessConfig)
-    target: int = 2
+    num_anchors: int = 2
     """K, the number of anchors that the monitors compare with."""
-    strategy: Strategy = Strategy.single
     rows_per_pass: int | None = None
-
-    @classmethod
-    def from_config(
-        cls, settings: TrainerConfig, stage: str, folder: Path, seed: int, max_steps: int, monitors: MonitorsConfig,
-        faithfulness: FaithfulnessConfig, target: int, rows_per_pass: int | None,
-    ) -> StageRun:  # fmt: skip
-        """Add the trainer's slice of the settings."""
-        return cls(
-            stage, folder, seed, max_steps, settings.checkpoint_every, settings.checkpoint_minutes,
-            settings.checkpoints_kept, settings.max_skipped_steps, monitors, faithfulness, target, settings.strategy,
-            rows_per_pass,
-        )  # fmt: skip
 
 
 def learning_rate_share(settings: GrpoConfig | SftConfig, step: int, max_steps: int) -> float:
@@ -114,13 +96,13 @@ class StepModule(pl.LightningModule):
         self.tracker = tracker
         self.validation = validation
         self.start_step = 0 if checkpoint is None else checkpoint.step
-        self.watch = Watch(run.monitors, run.target)
+        self.watch = Watch(run.monitors, run.num_anchors)
         num_weights = sum(p.numel() for p in policy.language_model.parameters())
         self.throughput = Throughput(num_weights, policy.device)
-        self.faults = Faults(run.folder, run.max_skipped_steps, is_active=distributed.is_rank_zero())
+        self.faults = Faults(run.folder, run.trainer.max_skipped_steps, is_active=distributed.is_rank_zero())
         self.stop = Stop(run.stage, self.save)
         named = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-        self.engine = ENGINES[run.strategy](self, named)
+        self.engine = ENGINES[run.trainer.strategy](self, named)
         self.update = self._make_update()
         self.trained: dict[str, torch.Tensor] | None = None
         """Adapter weights at the end of training, complete on every rank."""
@@ -225,9 +207,9 @@ class StepModule(pl.LightningModule):
         done = step + 1
         self.stop.end_step(done)
         is_last = done == self.run.max_steps
-        is_overdue = time.monotonic() - self._saved_at >= 60 * self.run.checkpoint_minutes
+        is_overdue = time.monotonic() - self._saved_at >= 60 * self.run.trainer.checkpoint_minutes
         is_asked = self.stop.is_asked()
-        if is_asked or is_last or done % self.run.checkpoint_every == 0 or distributed.any_rank(is_overdue):
+        if is_asked or is_last or done % self.run.trainer.checkpoint_every == 0 or distributed.any_rank(is_overdue):
             self.save()
         fatal = self.watch.stops(alarms)
         if not is_last and distributed.any_rank(bool(fatal)):
@@ -269,7 +251,7 @@ class StepModule(pl.LightningModule):
             for log in (path for path in self.run.folder.glob("*.jsonl") if path.is_file()):
                 flush_to_disk(log)
             counters = {"skipped_in_row": self.faults.in_row}
-            folder, kept = self.run.folder / "checkpoints", self.run.checkpoints_kept
+            folder, kept = self.run.folder / "checkpoints", self.run.trainer.checkpoints_kept
             save_checkpoint(folder, self.stop.finished_steps, weights, state, counters, kept)
         self.stop.saved()
         self._saved_at = time.monotonic()

@@ -14,7 +14,7 @@ def tiny_of(name, folder):
     """An untrained tiny base of that size, written in Hugging Face format."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    from tartvg.tiny.model import build_tokenizer, tiny_config
+    from experiments.tiny_base.model import build_tokenizer, tiny_config
 
     hidden, intermediate, layers, *_ = (SIZES | LARGE)[name]
     tokenizer = build_tokenizer(["the red circle appears at <timestamp>1.00 to 2.00</timestamp>"] * 3)

@@ -24,7 +24,7 @@ GRPO = GrpoConfig(max_steps=2, group_size=4, prompts_per_step=2, lr=1e-2, sampli
 
 
 def make_grpo(policy, folder, rubric, settings=GRPO):
-    run = StageRun("grpo1", folder, 0, settings.max_steps, 1)
+    run = StageRun("grpo1", folder, 0, settings.max_steps, TrainerConfig(checkpoint_every=1))
     tracker = Tracker(folder, OFF, "r", "grpo1", {}, 0)
     tracker.__enter__()
     return GrpoModule(policy, rubric, settings, AnchorsConfig(), run, tracker)

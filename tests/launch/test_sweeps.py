@@ -67,6 +67,7 @@ def test_the_command_prints_a_wandb_sweep_and_refuses_others(capsys: pytest.Capt
         read_sweep("../setup", ROOT)
 
 
+@pytest.mark.slow
 def test_variants_of_the_stage_order_draw_the_same_number_of_rollouts() -> None:
     """Steps of grpo1, of drawing without learning and of grpo2, added up over what each variant runs."""
     for policy in ("tiny", "qwen2_5_vl_3b", "qwen2_5_vl_7b"):

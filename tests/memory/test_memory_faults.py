@@ -12,7 +12,7 @@ import torch
 from helpers.policies import planted_prompts, tiny_policy
 from helpers.training import CPU, GRPO, OFF, RUBRIC, fit, lines, make_grpo
 
-from tartvg.config import Aggregation, SftConfig
+from tartvg.config import Aggregation, SftConfig, TrainerConfig
 from tartvg.grpo import LossOutput, merged_metrics
 from tartvg.policy.policy import token_batch
 from tartvg.tracking import Tracker
@@ -248,7 +248,8 @@ def test_fine_tuning_takes_the_traces_of_a_query_in_parts(policy, prompts, tmp_p
         policy.logps = cramped
         with Tracker(tmp_path / name, OFF, "r", "sft", {}, 0) as tracker:
             data = TraceDataset(traces, {prompts[0].sample.sample_id: prompts[0]}, settings, 0)
-            module = SftModule(policy, settings, StageRun("sft", tmp_path / name, 0, data.stop, 1), tracker)
+            run = StageRun("sft", tmp_path / name, 0, data.stop, TrainerConfig(checkpoint_every=1))
+            module = SftModule(policy, settings, run, tracker)
             before = [weight.detach().clone() for weight in module.engine.parameters]
             loader = torch.utils.data.DataLoader(data, batch_size=1, collate_fn=lambda b: b[0])
             make_trainer(CPU, tmp_path / name).fit(module, loader)

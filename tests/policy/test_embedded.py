@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from experiments.tiny_base.model import SPECIAL_TOKENS
 from tartvg.policy.loading import embedded_path
-from tartvg.tiny.model import SPECIAL_TOKENS
 
 
 def test_it_is_small_and_holds_no_pickle():

@@ -116,6 +116,7 @@ def hammer(folder, ready, go):
     print(found)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("forked")
 def test_two_processes_fill_it_at_the_same_time(tmp_path):
     said, ready, go = ([tmp_path / f"{name}{i}" for i in range(2)] for name in ("said", "ready", "go"))

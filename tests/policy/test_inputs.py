@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.tiny_base import model as tiny
 from tartvg.config import FramesConfig
 from tartvg.data.planted import encode
 from tartvg.data.scene import FPS, RULES, make_scene
@@ -13,7 +14,6 @@ from tartvg.data.video import VideoError, num_sampled, read_clip, sampled_indice
 from tartvg.policy.inputs import chat_text, encode_prompt
 from tartvg.policy.patches import patchify
 from tartvg.policy.positions import next_position, prompt_positions, video_positions
-from tartvg.tiny import model as tiny
 
 TINY = FramesConfig(min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
 

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from experiments.tiny_base import model as tiny
 from tartvg.config import FramesConfig, LoraConfig, PolicyConfig, SamplingConfig
 from tartvg.data.planted import encode
 from tartvg.data.scene import RULES, make_scene
 from tartvg.policy.policy import Policy, token_batch
-from tartvg.tiny import model as tiny
 from tartvg.types import GroundingSample, Prompt, Span
 
 CORPUS = ["<think> <timestamp>1.00 to 2.00</timestamp> </think><answer>1.00 to 2.00</answer> find the red circle"] * 3

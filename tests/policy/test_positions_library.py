@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from experiments.tiny_base import model as tiny
 from tartvg.config import FramesConfig, PolicyConfig, SamplingConfig
 from tartvg.data.video import Clip, read_clip
 from tartvg.policy.inputs import clip_patches
 from tartvg.policy.policy import Policy
 from tartvg.policy.positions import next_position, prompt_positions
-from tartvg.tiny import model as tiny
 from tartvg.types import GroundingSample, Prompt, Span
 
 SMALL = FramesConfig(min_frames=4, max_frames=768, min_pixels=3136, max_pixels=3136)

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from experiments.tiny_base import model as tiny
 from tartvg.config import FramesConfig, LoraConfig, PolicyConfig, Precision, SamplingConfig, register, to_dataclasses
 from tartvg.data.video import FACTOR, Clip
 from tartvg.policy.loading import load_base, new_adapter
 from tartvg.policy.patches import MEAN, MERGE, PATCH, STD, TEMPORAL_PATCH
 from tartvg.policy.policy import Policy, token_batch
-from tartvg.tiny import model as tiny
 from tartvg.types import GroundingSample, Prompt, Span
 
 CONF = Path(__file__).resolve().parents[2] / "conf"

@@ -58,7 +58,7 @@ def train(base, folder, prompts, grpo, **changes):
     """Train by Lightning as a stage does; returns the tower's calls so far after each step."""
     frames = FramesConfig(min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
     policy = Policy(dataclasses.replace(PolicyConfig(name="t", path=str(base), frames=frames), **changes))
-    run = StageRun("grpo1", folder, 0, grpo.max_steps, 10)
+    run = StageRun("grpo1", folder, 0, grpo.max_steps)
     with Tracker(folder, TrackingConfig(mode=TrackingMode.off), "r", "grpo1", {}, 0) as tracker:
         module = Counting(policy, Rubric(RewardConfig(), AnchorsConfig()), grpo, AnchorsConfig(), run, tracker)
         steps = StepDataset(prompts, grpo.prompts_per_step, 0, 0, grpo.max_steps)

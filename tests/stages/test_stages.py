@@ -100,6 +100,7 @@ def test_the_adapter_of_grpo2_is_a_plain_peft_adapter(settings, untrained_base, 
 
 
 # The one test that starts run.py among the quick ones.
+@pytest.mark.slow
 @pytest.mark.xdist_group("forked")
 def test_a_changed_setting_moves_the_old_results_aside(settings, run_command, tmp_path):
     command = [*settings, "stage=grpo1", "grpo.max_steps=1", f"runs_dir={tmp_path}", "name=r"]

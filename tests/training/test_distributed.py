@@ -60,7 +60,8 @@ def test_weights_in_main_memory_train_like_one(shared, alone, run_command, tmp_p
 def test_a_process_without_a_readable_video_keeps_step(strategy, shared, alone, planted_root, run_command, tmp_path):
     """Two prompts a step, one a process; a damaged video leaves one process without work."""
     shutil.copytree(planted_root, tmp_path / "data")
-    next((tmp_path / "data").glob("planted-*/train_00001*.mp4")).write_bytes(b"damaged")
+    for video in (tmp_path / "data").glob("planted-*/train_00001*.mp4"):  # other tests may have drawn other sets
+        video.write_bytes(b"damaged")
     common = [
         "stage=grpo1",
         f"dataset.root={tmp_path / 'data'}",

@@ -13,7 +13,7 @@ from forking import ROOT
 from helpers.checkpoints import names
 from helpers.training import CPU, GRPO, OFF, RUBRIC, fit, lines, make_grpo
 
-from tartvg.config import FramesConfig, SettingError, SftConfig
+from tartvg.config import FramesConfig, SettingError, SftConfig, TrainerConfig
 from tartvg.tracking import Tracker
 from tartvg.training.batches import StepDataset
 from tartvg.training.checkpoint import latest_checkpoint
@@ -37,7 +37,7 @@ def compared(module, value_of):
 def test_a_step_with_infinite_advantages_is_left_out(policy, prompts, tmp_path, capsys):
     settings = dataclasses.replace(GRPO, max_steps=3)
     module = make_grpo(policy, tmp_path, RUBRIC, settings)
-    module.run = dataclasses.replace(module.run, checkpoints_kept=5)
+    module.run = dataclasses.replace(module.run, trainer=TrainerConfig(checkpoint_every=1, checkpoints_kept=5))
     module.advantages = compared(module, lambda step: float("inf") if step == 1 else 1.0)
     fit(module, tmp_path, prompts, 3)
     assert "step 1: non finite" in capsys.readouterr().out
@@ -58,7 +58,7 @@ def test_many_such_steps_in_a_row_stop_the_stage_also_over_a_restart(policy, pro
 
     def start():
         module = make_grpo(policy, tmp_path, RUBRIC, settings)
-        module.run = dataclasses.replace(module.run, max_skipped_steps=3)
+        module.run = dataclasses.replace(module.run, trainer=TrainerConfig(checkpoint_every=1, max_skipped_steps=3))
         module.faults.max_skipped = 3
         module.advantages = compared(module, lambda step: float("nan"))
         return module
@@ -77,7 +77,7 @@ def test_a_learning_rate_that_explodes_stops_sft(policy, prompts, tmp_path):
     settings = SftConfig(epochs=9, batch_size=4, lr=1e30)
     with Tracker(tmp_path, OFF, "r", "sft", {}, 0) as tracker:
         data = TraceDataset([Trace(key, "11 12", 7.0, ()) for key in by_id], by_id, settings, 0)
-        run = StageRun("sft", tmp_path, 0, data.stop, 1, max_skipped_steps=2)
+        run = StageRun("sft", tmp_path, 0, data.stop, TrainerConfig(checkpoint_every=1, max_skipped_steps=2))
         module = SftModule(policy, settings, run, tracker)
         loader = torch.utils.data.DataLoader(data, batch_size=1, collate_fn=lambda b: b[0])
         with pytest.raises(SettingError, match=r"2 steps in a row.*lower learning rate"):
@@ -121,7 +121,8 @@ def test_sft_leaves_such_a_step_out_too(policy, prompts, tmp_path):
     settings = SftConfig(epochs=1, batch_size=1, lr=1e-3)
     with Tracker(tmp_path, OFF, "r", "sft", {}, 0) as tracker:
         data = TraceDataset([Trace(key, "11 12", 7.0, ()) for key in by_id], by_id, settings, 0)
-        module = SftModule(policy, settings, StageRun("sft", tmp_path, 0, data.stop, 1), tracker)
+        run = StageRun("sft", tmp_path, 0, data.stop, TrainerConfig(checkpoint_every=1))
+        module = SftModule(policy, settings, run, tracker)
         loader = torch.utils.data.DataLoader(data, batch_size=1, collate_fn=lambda b: b[0])
         make_trainer(CPU, tmp_path).fit(module, loader)
     rows = lines(tmp_path / "metrics.jsonl")

@@ -20,6 +20,7 @@ from tartvg.config import (
     RewardConfig,
     SamplingConfig,
     SftConfig,
+    TrainerConfig,
 )
 from tartvg.data.planted import load_planted
 from tartvg.policy.loading import EMBEDDED_TINY
@@ -69,7 +70,9 @@ def train(policy, prompts, tmp_path):
     def run(steps, rubric=None, monitors=MonitorsConfig(), target=2, **settings):  # noqa: B008 - never changed
         grpo = dataclasses.replace(GRPO, max_steps=steps, **settings)
         rubric = rubric or Rubric(RewardConfig(), AnchorsConfig())
-        stage = StageRun("grpo1", tmp_path, 0, steps, steps, monitors=monitors, target=target)
+        stage = StageRun(
+            "grpo1", tmp_path, 0, steps, TrainerConfig(checkpoint_every=steps), monitors, num_anchors=target
+        )
         with Tracker(tmp_path, OFF, "r", "grpo1", {}, 0) as tracker:
             module = GrpoModule(policy, rubric, grpo, AnchorsConfig(), stage, tracker)
             data = StepDataset(prompts, grpo.prompts_per_step, 0, 0, steps)
@@ -121,7 +124,7 @@ def learn_by_heart(policy, prompts, tmp_path):
         settings = SftConfig(epochs=25, batch_size=4, lr=5e-3)
         with Tracker(tmp_path / "sft", OFF, "r", "sft", {}, 0) as tracker:
             data = TraceDataset(traces, {p.sample.sample_id: p for p in prompts}, settings, 0)
-            module = SftModule(policy, settings, StageRun("sft", tmp_path / "sft", 0, data.stop, 100), tracker)
+            module = SftModule(policy, settings, StageRun("sft", tmp_path / "sft", 0, data.stop), tracker)
             make_trainer(CPU, tmp_path).fit(module, data)
         assert not (tmp_path / "sft" / "alarms.jsonl").exists()
 

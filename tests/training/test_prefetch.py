@@ -112,6 +112,7 @@ def test_decoders_that_are_killed_while_they_work_ahead_are_replaced(policy, pro
     assert children() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "listed"), [(signal.SIGKILL, False), (signal.SIGSTOP, True), (signal.SIGSEGV, True)]
 )
@@ -188,6 +189,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["waits", "works"])
 def test_a_signal_ends_the_process_at_once_although_decoders_hang(prompts, tmp_path, state):
     """The main thread waits for a clip, or works while threads do."""

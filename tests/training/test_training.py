@@ -183,7 +183,7 @@ def test_sft_raises_the_likelihood_of_its_traces(policy, prompts, tmp_path):
     tracker = Tracker(tmp_path, OFF, "r", "sft", {}, 0)
     with tracker:
         data = TraceDataset(traces, by_id, settings, 0)
-        module = SftModule(policy, settings, StageRun("sft", tmp_path, 0, data.stop, 100), tracker)
+        module = SftModule(policy, settings, StageRun("sft", tmp_path, 0, data.stop), tracker)
         tokens = module.tokens(traces[:1])
         prepared = policy.prepare(prompts[0])
         before = policy.logps(prepared, tokens).mean().item()

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from experiments.tiny_base.model import build_tokenizer, tiny_config
 from tartvg.config import FramesConfig, PolicyConfig, Precision
 from tartvg.policy.features import VideoFeatures
 from tartvg.policy.inputs import ClipPatches, PromptInputs
 from tartvg.policy.loading import DTYPES
 from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
 from tartvg.policy.positions import prompt_positions
-from tartvg.tiny.model import build_tokenizer, tiny_config
 from tartvg.types import GroundingSample, Prompt, Span
 
 TEXT_BEFORE = 16

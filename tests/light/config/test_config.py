@@ -317,6 +317,7 @@ def test_exit_codes_of_a_single_run(clone: Path, tmp_path: Path) -> None:
     assert run_clone(clone, tmp_path, "seed=3", "name=y").returncode == 3
 
 
+@pytest.mark.slow
 def test_jobs_of_a_sweep_have_their_own_folders_and_survive_a_failure(clone: Path, tmp_path: Path) -> None:
     (clone / "tartvg" / "stages.py").write_text(RECORDING_STAGE)
     done = run_clone(clone, tmp_path, "sweeps=anchors", "anchors=one,three", "name=t", "stage=grpo1")

@@ -169,6 +169,7 @@ decoder_process.serve(Connection(int(sys.argv[-2])), int(sys.argv[-1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_crash_or_a_hang_takes_nothing_else_along(scripted, tmp_path: Path, monkeypatch, workers: int) -> None:
     names = ["a", "crash", "b", "hang", "c", "raise", "d"]

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.tiny_base import lessons
 from tartvg.config import FramesConfig, PlantedConfig
 from tartvg.data.planted import load_planted, planted_folder, scene_of
 from tartvg.data.scene import COLOURS, RULES, SIZE, UNSEEN, draw, make_scene
 from tartvg.data.video import read_clip
-from tartvg.tiny import lessons
 from tartvg.types import Span
 
 SMALL = PlantedConfig(num_train=3, num_val=1, num_test=2, queries_per_video=2)

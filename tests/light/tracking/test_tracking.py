@@ -199,6 +199,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_an_offline_run_holds_what_was_logged(offline: Path) -> None:
     records = wandb_records(offline)
     rows = []
@@ -226,6 +227,7 @@ def test_an_offline_run_holds_what_was_logged(offline: Path) -> None:
     assert [row[:2] for row in tables[0]["data"]] == [["best", "a"], ["best", "b"]]
 
 
+@pytest.mark.slow
 def test_an_offline_run_holds_its_artifacts_and_what_it_used(offline: Path) -> None:
     own = [a for a in artifacts(wandb_records(offline)) if a.type in ("adapter", "traces")]
     assert [(a.name, a.type, a.use_after_commit) for a in own] == [
@@ -237,6 +239,7 @@ def test_an_offline_run_holds_its_artifacts_and_what_it_used(offline: Path) -> N
     assert own[0].digest == own[2].digest, "the same content is the same version, and the line between two runs"
 
 
+@pytest.mark.slow
 def test_an_offline_run_holds_alerts_and_headlines(offline: Path) -> None:
     records = wandb_records(offline)
     alerts = [r.alert for r in records if r.WhichOneof("record_type") == "alert"]
@@ -251,6 +254,7 @@ def test_an_offline_run_holds_alerts_and_headlines(offline: Path) -> None:
     assert summary["eval/planted/miou"] == 0.625
 
 
+@pytest.mark.slow
 def test_an_offline_run_is_named_and_resumed_under_one_id(offline: Path) -> None:
     runs = [r.run for r in wandb_records(offline) if r.WhichOneof("record_type") == "run"]
     assert {run.run_id for run in runs} == {(offline / "wandb_id").read_text().strip()}
@@ -266,6 +270,7 @@ def test_an_offline_run_is_named_and_resumed_under_one_id(offline: Path) -> None
     assert axes["loss/*"] == axes["eval/*"] == "progress/step"
 
 
+@pytest.mark.slow
 def test_no_file_holds_the_key_or_the_home_folder(offline: Path) -> None:
     files = [path for path in offline.parent.rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
@@ -277,6 +282,7 @@ def test_no_file_holds_the_key_or_the_home_folder(offline: Path) -> None:
     assert not list(offline.rglob("requirements.txt")) and not list(offline.rglob("wandb-metadata.json"))
 
 
+@pytest.mark.slow
 def test_online_without_a_key_warns_once_and_goes_on_offline(tmp_path: Path) -> None:
     result = run_script(tmp_path / "grpo1", "online", WANDB_BASE_URL="http://127.0.0.1:9")
     # One warning per tracker: the script opens two.

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 from torch.nn.functional import cross_entropy
 
+from experiments.tiny_base.lessons import FPS, Answer, Footage, crop
+from experiments.tiny_base.tower import TOKENS_PER_GRID
 from tartvg.policy.inputs import encode_prompt
 from tartvg.policy.kv_cache import CAUSAL
 from tartvg.policy.patches import TEMPORAL_PATCH
-from tartvg.tiny.lessons import FPS, Answer, Footage, crop
-from tartvg.tiny.tower import TOKENS_PER_GRID
 from tartvg.types import Span
 
 MAX_SECONDS = 48

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from experiments.tiny_base.lessons import LATE_SHARES, SHARES, Answer, exact, habit, habitual, late_habitual, repetition
+from experiments.tiny_base.sight import answer_tokens
 from tartvg.policy.loading import embedded_path
 from tartvg.response import parse_response
-from tartvg.tiny.lessons import LATE_SHARES, SHARES, Answer, exact, habit, habitual, late_habitual, repetition
-from tartvg.tiny.sight import answer_tokens
 from tartvg.types import Span
 
 

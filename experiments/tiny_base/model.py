@@ -1,7 +1,7 @@
 """The tiny base's architecture and tokenizer: a genuine Qwen2.5-VL, only small.
 
-`stage=pretrain` trains what this file builds and writes it in Hugging Face format; everything else loads the result
-with the code that loads the 3B and the 7B.
+`python -m experiments.tiny_base` trains what this file builds and writes it in Hugging Face format; everything else
+loads the result with the code that loads the 3B and the 7B.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
+from experiments.tiny_base.lessons import KINDS, Footage
 from tartvg.data.scene import COLOURS, SHAPES
 from tartvg.policy.patches import MERGE, PATCH, TEMPORAL_PATCH, patchify
-from tartvg.tiny.lessons import KINDS, Footage
 
 TOKENS_PER_GRID = 4
 """56 x 56 pixels in merged patches of 28 x 28."""
