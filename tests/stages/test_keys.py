@@ -176,7 +176,9 @@ def test_an_interrupted_training_is_kept_as_well_and_other_stages_ask_nothing(tm
     assert (tmp_path / "r" / "grpo1.old1" / "half").exists()
 
 
-def test_a_folder_of_version_0_1_matches_or_says_why_not(small: list[str], untrained_base: Path, tmp_path: Path) -> None:
+def test_a_folder_of_version_0_1_matches_or_says_why_not(
+    small: list[str], untrained_base: Path, tmp_path: Path
+) -> None:
     config = replace(composed(*small, f"policy.path={untrained_base}"), runs_dir=str(tmp_path), name="r")
     folder = tmp_path / "r" / "grpo1"
     folder.mkdir(parents=True)
@@ -190,7 +192,7 @@ def test_a_folder_of_version_0_1_matches_or_says_why_not(small: list[str], untra
     assert not do(place_of(moved, grpo.key_of(moved, "grpo1", None)))
     shutil.copytree(config.dataset.root, tmp_path / "data")
     for change, words in (
-        (replace(config, reward=replace(config.reward, beta=1.0)), "other settings or inputs: reward.beta 5.0 -> 1.0. G"),
+        (replace(config, reward=replace(config.reward, beta=1.0)), "settings or inputs: reward.beta 5.0 -> 1.0. G"),
         (replace(config, grpo=replace(config.grpo, max_steps=9)), "inputs: grpo.max_steps 4 -> 9. G"),
         (replace(config, dataset=replace(config.dataset, root=str(tmp_path / "data"))),
          "inputs: the videos or their annotations (not recorded by the version that began it). G"),

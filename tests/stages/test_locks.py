@@ -54,9 +54,9 @@ def test_a_file_stands_for_a_lock_where_there_are_none(tmp_path: Path, capsys: A
     for _ in range(2):
         with held(tmp_path / ".x.lock", give_up):
             assert (tmp_path / ".x.owner").read_text() == f"{socket.gethostname()} {os.getpid()}"
-            with pytest.raises(SettingError, match=rf"process {os.getpid()} of {socket.gethostname()} .*remove .*owner"):
-                with held(tmp_path / ".x.lock", give_up):
-                    pass
+            said = rf"process {os.getpid()} of {socket.gethostname()} .*remove .*owner"
+            with pytest.raises(SettingError, match=said), held(tmp_path / ".x.lock", give_up):
+                pass
     assert [p.name for p in tmp_path.iterdir()] == [".x.lock"]
     assert capsys.readouterr().err.count("no file locks there") == 1
 
@@ -80,9 +80,9 @@ def test_a_stage_runs_there_and_a_second_process_is_told_what_to_do(tmp_path: Pa
     place = StageFolder(tmp_path / "r" / "grpo1", config, dict)
     with place.work() as is_needed:
         assert is_needed
-        with pytest.raises(SettingError, match=r"name=r: process \d+ of .* is working in .*grpo1"):
-            with StageFolder(tmp_path / "r" / "grpo1", config, dict).work():
-                pass
+        second = StageFolder(tmp_path / "r" / "grpo1", config, dict)
+        with pytest.raises(SettingError, match=r"name=r: process \d+ of .* is working in .*grpo1"), second.work():
+            pass
     with SharedStage(tmp_path, "entry").claimed("x"):
         pass
     assert not list(tmp_path.rglob("*.owner"))
