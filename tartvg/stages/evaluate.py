@@ -71,7 +71,7 @@ def key_of(config: Config, adapter: Path | None) -> dict[str, Any]:
     """Everything that the results depend on, the annotations and videos among it."""
     found = settings_of(
         config, "policy", "dataset.name", "dataset.late_windows", "anchors", "evaluate",
-        "grpo.sampling.max_new_tokens", "seed", "trainer.num_threads",
+        "grpo.sampling.max_new_tokens", "seed",
     )  # fmt: skip
     prompts = prompts_to_score(config)
     refuse_missing_videos(config, config.evaluate.split, prompts, max_share=1.0)  # a missing one counts as wrong

@@ -51,7 +51,7 @@ def run_grpo(config: Config, stage: str) -> None:
 
 def key_of(config: Config, stage: str, start: Path | None) -> dict[str, Any]:
     """What the stage's result depends on. The filter and the other stage's steps are no part of it."""
-    found = settings_of(config, "policy", "anchors", "reward", "grpo", "seed", "trainer.num_threads")
+    found = settings_of(config, "policy", "anchors", "reward", "grpo", "seed")
     own = STEPS[stage == "grpo2"]
     return {
         **{name: value for name, value in found.items() if name not in STEPS}, own: config.grpo.steps_of(stage),

@@ -40,7 +40,7 @@ def key_of(config: Config) -> dict[str, Any]:
     """What the rollouts depend on: nothing that concerns learning."""
     found = settings_of(
         config, "policy", "anchors", "reward", "grpo.group_size", "grpo.prompts_per_step", "grpo.sampling",
-        "grpo.sampling_batch_size", "grpo.max_steps", "seed", "trainer.num_threads",
+        "grpo.sampling_batch_size", "grpo.max_steps", "seed",
     )  # fmt: skip
     return {**found, **train_data(config), "base": base_identity(config)}
 

@@ -31,7 +31,7 @@ def run_sft(config: Config) -> None:
 
 def key_of(config: Config, source: Path) -> dict[str, Any]:
     """What the stage's result depends on; `source` holds the traces."""
-    found = settings_of(config, "policy", "anchors.prompt", "anchors.count", "sft", "seed", "trainer.num_threads")
+    found = settings_of(config, "policy", "anchors.prompt", "anchors.count", "sft", "seed")
     data = train_data(config) | validation_key(config)
     return {**found, **data, "base": base_identity(config), "traces": fingerprint(source)}
 
