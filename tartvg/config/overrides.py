@@ -86,6 +86,6 @@ def quoted(key: str, value: str, *, is_list: bool = False) -> str:
     inner = re.sub(r"(\\*)\"", r'\1\1\\"', value)  # backslashes count only in front of a quote
     inner = re.sub(r"(\\+)$", r"\1\1", inner)
     override = f'{key}=["{inner}"]' if is_list else f'{key}="{inner}"'
-    if "'" not in override:
+    if "'" not in override or re.search(r"[\\$`]", override):
         return shlex.quote(override)
-    return '"' + re.sub(r'(["\\$`])', r"\\\1", override) + '"'
+    return '"' + override.replace('"', '\\"') + '"'
