@@ -147,7 +147,7 @@ def _settings_in(folder: Path) -> dict[str, Any]:
         value = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException):
         return {}
-    return dict(_flat(value)) if isinstance(value, dict) else {}
+    return dict(_flat({str(k): v for k, v in value.items()})) if isinstance(value, dict) else {}
 
 
 def _flat(value: Mapping[str, Any], path: str = "") -> Iterable[tuple[str, Any]]:

@@ -306,6 +306,6 @@ def test_what_a_file_is_like_is_said_once(tmp_path: Path, caplog: pytest.LogCapt
         for _ in range(3):
             assert len(load_samples(settings, "train")) == 1
     assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
-        "2 queries, 2 windows, 1 videos, 1 zero length, 1 dropped windows, 1 dropped",
+        "2 queries, 2 windows, 1 videos, 1 zero length, 1 ambiguous, 1 dropped windows, 1 dropped",
         "1 training queries dropped",
     ]
