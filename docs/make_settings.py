@@ -15,7 +15,7 @@ from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING
 
-from tartvg.config.fields import is_optional, range_of
+from tartvg.config.fields import EFFECT, Effect, is_optional, range_of
 from tartvg.config.run import Config
 
 CHOICES = ("experiments", "sweeps")
@@ -24,7 +24,13 @@ HEADER = """# Settings
 
 Every setting of `python run.py`, made from the dataclasses in `tartvg/config/` by `python docs/make_settings.py`.
 Defaults are those of the classes; the files in `conf/` lie over them (`python run.py --cfg job` shows the result).
-A value outside its range is refused with the name of the setting, and so is an old name, with the new one."""
+A value outside its range is refused with the name of the setting, and so is an old name, with the new one.
+
+`result`: what happens to the result of a stage where the setting has another value. *changes*: the stage is another
+one. *by content*: it is another one if what the setting names is other content, wherever that lies. *rounding*: a begun
+stage goes on, and its numbers may differ in their last digits. Empty: the result is the same to the last bit, or the
+setting says which result is asked for."""
+EFFECTS = {Effect.value: "changes", Effect.content: "by content", Effect.rounding: "rounding", Effect.none: ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Leaf:
     default: str
     allowed: str
     """The range, in words; empty where the type says everything."""
+    effect: str
+    """Whether a stage's result depends on it, in words."""
     meaning: str
 
 
@@ -51,7 +59,9 @@ def leaves(kind: type = Config) -> Iterator[Leaf]:
         elif known.name not in CHOICES:
             path = getattr(kind, "PATH", "")
             name = f"{path}.{known.name}" if path else known.name
-            yield Leaf(name, _kind(hint, known), _default(known), range_of(known), meanings.get(known.name, ""))
+            effect = known.metadata.get(EFFECT, getattr(kind, "EFFECT", Effect.value))
+            words = _kind(hint, known), _default(known), range_of(known), EFFECTS[effect]
+            yield Leaf(name, *words, meanings.get(known.name, ""))
     for group in groups:
         yield from leaves(group)
 
@@ -65,8 +75,8 @@ def page() -> str:
     text = HEADER
     for path, rows in by_group.items():
         text += f"\n\n## {f'`{path}`' if path else 'The run'}\n\n{titles[path]}\n\n"
-        text += "| setting | type | default | range | meaning |\n|---|---|---|---|---|\n"
-        cells = ((f"`{r.name}`", r.kind, r.default, r.allowed, r.meaning) for r in rows)
+        text += "| setting | type | default | range | result | meaning |\n|---|---|---|---|---|---|\n"
+        cells = ((f"`{r.name}`", r.kind, r.default, r.allowed, r.effect, r.meaning) for r in rows)
         text += "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
     return text + "\n"
 

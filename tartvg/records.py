@@ -6,8 +6,11 @@ while it wrote) is not an error for a reader that says so.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -16,6 +19,7 @@ from typing import Any
 
 from tartvg.types import (
     Completion,
+    Estimate,
     Fault,
     GroundingSample,
     Prediction,
@@ -30,7 +34,7 @@ from tartvg.types import (
 
 
 def to_json(value: Any) -> Any:
-    """Dataclasses, enums, paths and tuples as JSON values; a Span is `[start, end]`."""
+    """Dataclasses, enums, paths and tuples as JSON values; a Span is `[start, end]`, an Estimate says what is what."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Enum):
@@ -39,6 +43,8 @@ def to_json(value: Any) -> Any:
         return value.as_posix()
     if isinstance(value, dict):
         return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, Estimate):
+        return value._asdict()
     if isinstance(value, (list, tuple)):
         return [to_json(v) for v in value]
     return value
@@ -92,6 +98,33 @@ def append_jsonl(path: Path, values: Iterable[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write("".join(dumps(v) + "\n" for v in values))
+
+
+def side_folder(final: Path) -> Path:
+    """An empty folder beside `final` for what is renamed when it is whole; removes those of processes that are gone.
+
+    Other machines may write beside it, too: a process is known to be gone on its own machine only.
+    """
+    here = socket.gethostname()
+    for path in final.parent.glob(f".*.{glob.escape(here)}.*"):
+        process = path.suffix[1:]
+        if process.isdecimal() and not is_alive(int(process)):
+            shutil.rmtree(path, ignore_errors=True)
+    side = final.with_name(f".{final.name}.{here}.{os.getpid()}")
+    shutil.rmtree(side, ignore_errors=True)
+    side.mkdir(parents=True)
+    return side
+
+
+def is_alive(process: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 def flush_to_disk(path: Path) -> None:

@@ -58,7 +58,15 @@ def today(value: Any) -> Any:
     if "tar1" in value and "anchor_ious" in value:
         terms = {name: value.pop(name) for name in ("format", "iou", "tar1", "tar2", "tar3")}
         value["terms"] = {name: float(item) for name, item in terms.items()}
+    if "recall" in value and "miou" in value:  # scores.json
+        value |= {name: estimate(value[name]) for name in ("miou", "format_rate", "valid_rate")}
+        value["recall"] = {bound: estimate(item) for bound, item in value["recall"].items()}
     return value
+
+
+def estimate(value: Any) -> Any:
+    """A mean and its interval by name; that checkout has a list."""
+    return dict(zip(("value", "low", "high"), value, strict=True)) if isinstance(value, list) else value
 
 
 def rename(name: str) -> str:

@@ -33,7 +33,7 @@ class FilterConfig(Settings, path="filter"):
     """Total reward that a trace must exceed."""
     min_anchors: int = setting(2, at_least=0)
     """Fewest anchors of a trace."""
-    min_ious: list[float] = setting([0.5, 0.7], at_least=-1, at_most=1)  # noqa: RUF009 - copied
+    min_ious: list[float] = setting([0.5, 0.7], at_least=-1, at_most=1)
     """Soft IoU that anchor 1, 2, ... must exceed."""
     max_per_query: int | None = setting(None, at_least=1)
     """Keep at most this many of a query's traces, the best first; null keeps all."""

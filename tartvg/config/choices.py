@@ -9,6 +9,10 @@ class SettingError(ValueError):
     """A setting that the user can correct. run.py prints it as one line, without a traceback."""
 
 
+class LaunchError(SettingError):
+    """What the environment says of a launcher is wrong. Every process says so: there may be none of rank 0."""
+
+
 class StageStopped(Exception):
     """A stage ended itself and can be continued. run.py prints the reason in one line, without a traceback."""
 

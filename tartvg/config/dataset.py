@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from tartvg.config.choices import DatasetName
-from tartvg.config.fields import Settings, setting
+from tartvg.config.fields import Effect, Settings, setting
 
 
 @dataclass
-class PlantedConfig(Settings, path="dataset.planted"):
+class PlantedConfig(Settings, path="dataset.planted", effect=Effect.content):
     """What the planted videos look like."""
 
     num_train: int = setting(96, at_least=1)
@@ -27,20 +27,22 @@ class PlantedConfig(Settings, path="dataset.planted"):
 
 
 @dataclass
-class DatasetConfig(Settings, path="dataset"):
+class DatasetConfig(Settings, path="dataset", effect=Effect.content):
     """The videos and their questions."""
 
-    name: DatasetName = MISSING
+    name: DatasetName = setting(MISSING, effect=Effect.value)
     """The reader of the annotations."""
     root: str = "data"
     """Folder of annotations; planted videos are drawn into it."""
     videos: str | None = None
     """Folder of video files; null: `<root>/videos`."""
-    late_windows: str = setting("clip", among=("clip", "drop", "keep"))
+    late_windows: str = setting("clip", among=("clip", "drop", "keep"), effect=Effect.value)
     """Windows that end after their video: `clip` cuts them there, as nobody can answer beyond it; `drop` also leaves
     them out of training; `keep` takes them as annotated. Test windows are never left out."""
     reversed_windows: str = setting("drop", among=("drop", "swap", "keep"))
     """Training windows whose start is after their end. Test windows are never touched."""
     num_queries: int | None = setting(None, at_least=1)
     """Use only the first so many queries of each split; null: all."""
+    max_missing_share: float = setting(0.05, at_least=0, at_most=1, effect=Effect.none)
+    """Training is refused where a larger share of its videos is not there, and where none is."""
     planted: PlantedConfig = field(default_factory=PlantedConfig)

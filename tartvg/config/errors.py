@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from tartvg.config.choices import SettingError
+from tartvg.config.overrides import unreadable
 from tartvg.config.renamed import refusal_of
 
 
@@ -18,6 +19,9 @@ def explain(error: Exception) -> str:
     missing_file = getattr(error, "missing_cfg_file", None)  # of Hydra's MissingConfigException; no need to import it
     if missing_file:
         return _unknown_choice(missing_file, list(getattr(error, "options", None) or []))
+    said = unreadable(error)
+    if said is not None:
+        return said
     cause = next(
         (e for e in (error, error.__cause__, error.__context__) if isinstance(e, OmegaConfBaseException)), None
     )

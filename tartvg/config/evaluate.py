@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 
 from tartvg.config.choices import require
-from tartvg.config.fields import Settings, setting
+from tartvg.config.fields import Effect, Settings, setting
 
 
 def policy_label(policy: str) -> str:
@@ -21,7 +21,7 @@ class EvaluateConfig(Settings, path="evaluate"):
 
     split: str = setting("test", among=("train", "val", "test"))
     """Whose queries are asked."""
-    policies: list[str] = field(default_factory=lambda: ["grpo2"])
+    policies: list[str] = setting(["grpo2"], effect=Effect.content)
     """Policies to score: `base`, a stage of this run (`grpo1`, `sft`, `grpo2`) or an adapter folder."""
     num_samples: int = setting(4, at_least=0)
     """Sampled completions per query beside the greedy one; they give the format rate."""
@@ -31,9 +31,9 @@ class EvaluateConfig(Settings, path="evaluate"):
     """Score only the first so many queries; null: all."""
     temperature: float = setting(1.0, above=0)
     """Of the sampled completions."""
-    num_shards: int = setting(1, at_least=1)
+    num_shards: int = setting(1, at_least=1, effect=Effect.none)
     """Processes that share the batches. The results do not depend on it."""
-    shard: int | None = None
+    shard: int | None = setting(None, effect=Effect.none)
     """null: this command starts all of its shards on this machine. A number from 0: it works on that share alone, and
     whichever ends last puts the results together; for several nodes that see the same runs_dir."""
 
@@ -60,6 +60,6 @@ class FaithfulnessConfig(Settings, path="faithfulness"):
     """Controls after an evaluation, each one more greedy answer per query; [] runs none."""
     num_queries: int | None = setting(200, at_least=1)
     """Ask only the first so many queries after an evaluation: enough for an agreement to within a few points."""
-    every: int = setting(10, at_least=0)
+    every: int = setting(10, at_least=0, effect=Effect.none)
     """Steps between two controls with shuffled frames while a GRPO stage trains, for the monitor video_blindness: two
     greedy completions per prompt; 0: never."""

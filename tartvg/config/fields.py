@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, ClassVar
 
 from tartvg.config.choices import require
 
-RANGE = "range"
-"""Key of a field's metadata."""
+RANGE, EFFECT = "range", "effect"
+"""Keys of a field's metadata."""
+
+
+class Effect(Enum):
+    """What a setting does to the result of a stage, and so how it enters the key that tells whether it changed."""
+
+    value = "value"
+    """Changes the result: the key holds the value."""
+    content = "content"
+    """Names an input: the key holds what is in it, wherever it lies and however it is spelled."""
+    rounding = "rounding"
+    """Changes at most the rounding: a stage continues under another value, but two runs do not share it."""
+    none = "none"
+    """Moves memory, time or place, or says what to do: no result depends on it."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +75,12 @@ def setting(
     at_most: float | None = None,
     among: tuple[str, ...] = (),
     because: str = "",
+    effect: Effect | None = None,
 ) -> Any:
-    """Make a dataclass field of a default and a range. A list is copied for each object."""
-    metadata = {RANGE: Range(above, at_least, below, at_most, among, because)}
+    """Make a dataclass field of a default, a range and an effect (None: that of its group). A list is copied."""
+    metadata: dict[str, Any] = {} if effect is None else {EFFECT: effect}
+    if (allowed := Range(above, at_least, below, at_most, among, because)) != Range():
+        metadata[RANGE] = allowed
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -81,13 +99,27 @@ def is_optional(known: dataclasses.Field[Any]) -> bool:
     return str(known.type).endswith("| None")
 
 
+def flattened(settings: Any, path: str = "") -> Iterator[tuple[str, Any, Effect]]:
+    """Yield every setting of a group and of the groups below it: name as on the command line, value, effect."""
+    for known in dataclasses.fields(settings):
+        name, value = f"{path}{known.name}", getattr(settings, known.name)
+        if dataclasses.is_dataclass(value):
+            yield from flattened(value, f"{name}.")
+        else:
+            yield name, value, known.metadata.get(EFFECT, settings.EFFECT)
+
+
 class Settings:
-    """A group of settings, called `path` on the command line. Subclasses add the rules between their fields."""
+    """A group of settings, called `path` on the command line. Subclasses add the rules between their fields.
+
+    `effect` is that of the fields that name none of their own.
+    """
 
     PATH: ClassVar[str] = ""
+    EFFECT: ClassVar[Effect] = Effect.value
 
-    def __init_subclass__(cls, path: str = "") -> None:
-        cls.PATH = path
+    def __init_subclass__(cls, path: str = "", effect: Effect = Effect.value) -> None:
+        cls.PATH, cls.EFFECT = path, effect
 
     def __post_init__(self) -> None:
         """Check the range of every field. Raises SettingError with the name of the setting."""

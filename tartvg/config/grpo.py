@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tartvg.config.choices import AdvantageScale, Aggregation, ImportanceLevel, KlEstimator, LrDecay, require
-from tartvg.config.fields import Settings, setting
+from tartvg.config.fields import Effect, Settings, setting
 
 
 @dataclass
@@ -37,7 +37,7 @@ class GrpoConfig(Settings, path="grpo"):
     sampling_batch_size: int | None = setting(None, at_least=1)
     """Prompts that a process samples in one batch; null: all of its step. 1 makes rollouts independent of the number of
     processes to the last bit, as rounding depends on the size of a batch."""
-    rows_per_pass: int | None = setting(None, at_least=1)
+    rows_per_pass: int | None = setting(None, at_least=1, effect=Effect.rounding)
     """Completions of a group per forward pass of an update, and traces of a query in sft; null: all. Fewer need less
     memory and more time. Outside ZeRO-3 an update that runs out of memory finds the number by itself."""
     num_iterations: int = setting(1, at_least=1)

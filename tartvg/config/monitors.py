@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from tartvg.config.choices import require
-from tartvg.config.fields import Settings, setting
+from tartvg.config.fields import Effect, Settings, setting
 
 
 class MonitorName(Enum):
@@ -24,7 +24,7 @@ class MonitorName(Enum):
 
 
 @dataclass
-class MonitorsConfig(Settings, path="monitors"):
+class MonitorsConfig(Settings, path="monitors", effect=Effect.none):
     """When to warn about a training, and when to stop it. tartvg/monitors.py has the bounds."""
 
     watch: list[MonitorName] = field(default_factory=lambda: list(MonitorName))

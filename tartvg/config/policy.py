@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from tartvg.config.choices import Precision, require
-from tartvg.config.fields import Settings, setting
+from tartvg.config.fields import Effect, Settings, setting
 
 
 @dataclass
@@ -26,7 +26,7 @@ class FramesConfig(Settings, path="policy.frames"):
     """Upper bound per frame, in pixels."""
     total_pixels: int = 2809856
     """Budget for all sampled frames together (3584 * 28 * 28)."""
-    timeout_s: float = setting(60.0, above=0)
+    timeout_s: float = setting(60.0, above=0, effect=Effect.none)
     """A file that decodes longer than this is refused."""
 
     def __post_init__(self) -> None:
@@ -54,11 +54,11 @@ class LoraConfig(Settings, path="policy.lora"):
 class PolicyConfig(Settings, path="policy"):
     """The vision-language model."""
 
-    name: str = MISSING
+    name: str = setting(MISSING, effect=Effect.none)
     """What runs and tables call the policy."""
-    path: str = MISSING
+    path: str = setting(MISSING, effect=Effect.content)
     """Hub id or local folder in Hugging Face format; `embedded:tiny` is the one that ships in the package."""
-    revision: str | None = None
+    revision: str | None = setting(None, effect=Effect.content)
     """Hub commit, for reproducibility."""
     precision: Precision = Precision.fp32
     """Arithmetic of the weights and activations."""
@@ -66,16 +66,16 @@ class PolicyConfig(Settings, path="policy"):
     """Attention kernels. The library's `eager` does not mask a causal pass by itself."""
     shared_prefix: bool = True
     """Run the prompt once per group. False is the slow oracle."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = setting(False, effect=Effect.rounding)
     """Keep only the layers' inputs for the backward pass and run each layer twice: for long videos. The update then
     costs a third more arithmetic, and its memory grows with the completions' own tokens only."""
-    feature_cache_gib: float = setting(0.5, at_least=0)
+    feature_cache_gib: float = setting(0.5, at_least=0, effect=Effect.none)
     """RAM for vision features, in GiB; 0 encodes every video anew."""
-    feature_cache_dir: str | None = None
+    feature_cache_dir: str | None = setting(None, effect=Effect.none)
     """Folder that keeps vision features beyond the run, shared by runs and processes; null keeps none."""
-    feature_cache_dir_gib: float = setting(20.0, above=0)
+    feature_cache_dir_gib: float = setting(20.0, above=0, effect=Effect.none)
     """Limit of that folder, in GiB; the least recently used entries go first."""
-    logit_chunk: int = setting(4096, at_least=1)
+    logit_chunk: int = setting(4096, at_least=1, effect=Effect.rounding)
     """Completion positions whose logits exist at the same time."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     frames: FramesConfig = field(default_factory=FramesConfig)

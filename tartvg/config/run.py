@@ -9,7 +9,7 @@ from tartvg.config.anchors import AnchorsConfig, FilterConfig
 from tartvg.config.choices import StageName, require
 from tartvg.config.dataset import DatasetConfig
 from tartvg.config.evaluate import EvaluateConfig, FaithfulnessConfig
-from tartvg.config.fields import Settings, setting
+from tartvg.config.fields import Effect, Settings, setting
 from tartvg.config.grpo import GrpoConfig
 from tartvg.config.monitors import MonitorsConfig
 from tartvg.config.policy import PolicyConfig
@@ -21,7 +21,7 @@ from tartvg.config.validation import ValidationConfig
 
 
 @dataclass
-class StageConfig(Settings, path="stage"):
+class StageConfig(Settings, path="stage", effect=Effect.none):
     """Which part of the method runs."""
 
     name: StageName = StageName.pipeline
@@ -34,20 +34,23 @@ class StageConfig(Settings, path="stage"):
 class Config(Settings):
     """One run."""
 
-    name: str = "default"
+    name: str = setting("default", effect=Effect.none)
     """Folder under runs_dir; may be nested. Jobs of a sweep get one of their own below it."""
-    runs_dir: str = "runs"
+    runs_dir: str = setting("runs", effect=Effect.none)
     """Where all runs lie."""
     seed: int = setting(0, at_least=0)
     """Of the order of prompts, of sampling and of new weights."""
-    reuse_stages: bool | None = None
+    reuse_stages: bool | None = setting(None, effect=Effect.none)
     """Copy a stage that another run below runs_dir has finished with the same settings, inputs and code, instead of
     doing it again. null: in a sweep only."""
-    init_adapter: str | None = None
+    overwrite: bool = setting(False, effect=Effect.none)
+    """Start a training stage anew whose settings or inputs have changed; its old results are moved aside. Without it
+    such a stage is refused."""
+    init_adapter: str | None = setting(None, effect=Effect.content)
     """Adapter folder that grpo1, grpo2 or ground starts from, instead of the stage's own rule."""
-    video: str | None = None
+    video: str | None = setting(None, effect=Effect.none)
     """stage=ground: the video file."""
-    query: str | None = None
+    query: str | None = setting(None, effect=Effect.none)
     """stage=ground: the sentence."""
     stage: StageConfig = field(default_factory=StageConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -64,9 +67,9 @@ class Config(Settings):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     monitors: MonitorsConfig = field(default_factory=MonitorsConfig)
-    experiments: Any = None
+    experiments: Any = setting(None, effect=Effect.none)
     """Group choice only; carries no values of its own."""
-    sweeps: Any = None
+    sweeps: Any = setting(None, effect=Effect.none)
     """Group choice only; carries no values of its own."""
 
     def __post_init__(self) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tartvg.config.choices import TrackingMode, require
-from tartvg.config.fields import Settings
+from tartvg.config.fields import Effect, Settings
 
 
 @dataclass
-class TrackingConfig(Settings, path="tracking"):
+class TrackingConfig(Settings, path="tracking", effect=Effect.none):
     """Weights & Biases beside metrics.jsonl. The key comes from the environment or `wandb login`, never from here."""
 
     mode: TrackingMode = TrackingMode.offline
@@ -25,7 +25,7 @@ class TrackingConfig(Settings, path="tracking"):
 
 
 @dataclass
-class ReportConfig(Settings, path="report"):
+class ReportConfig(Settings, path="report", effect=Effect.none):
     """What stage=report is about; without either, the run or the sweep called `name`."""
 
     runs: list[str] = field(default_factory=list)

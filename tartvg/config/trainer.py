@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from tartvg.config.choices import require
-from tartvg.config.fields import Settings, setting
+from tartvg.config.fields import Effect, Settings, setting
 
 
 class Strategy(Enum):
@@ -30,7 +30,7 @@ class Strategy(Enum):
 
 
 @dataclass
-class Zero3Config(Settings, path="trainer.zero3"):
+class Zero3Config(Settings, path="trainer.zero3", effect=Effect.rounding):
     """What DeepSpeed's ZeRO stage 3 partitions; its own names and units, elements of a parameter."""
 
     param_persistence_threshold: int = setting(100_000, at_least=0)
@@ -44,33 +44,33 @@ class Zero3Config(Settings, path="trainer.zero3"):
 class TrainerConfig(Settings, path="trainer"):
     """Devices and how they work together."""
 
-    accelerator: str = setting("cpu", among=("cpu", "gpu"))
+    accelerator: str = setting("cpu", among=("cpu", "gpu"), effect=Effect.rounding)
     """Kind of device."""
-    devices: int = setting(1, at_least=1)
+    devices: int = setting(1, at_least=1, effect=Effect.rounding)
     """Processes per node, one per device."""
-    num_nodes: int = setting(1, at_least=1)
+    num_nodes: int = setting(1, at_least=1, effect=Effect.rounding)
     """Machines."""
-    strategy: Strategy = Strategy.single
+    strategy: Strategy = setting(Strategy.single, effect=Effect.rounding)
     """How the processes share the work; `single` is one process."""
     zero3: Zero3Config = field(default_factory=Zero3Config)
-    timeout_minutes: float = setting(60.0, above=0)
+    timeout_minutes: float = setting(60.0, above=0, effect=Effect.none)
     """How long a process waits for the others inside a step before the run fails."""
-    num_threads: int = setting(2, at_least=1)
+    num_threads: int = setting(2, at_least=1, effect=Effect.rounding)
     """CPU threads of torch; part of what makes a CPU run bit-reproducible."""
-    num_workers: int = setting(0, at_least=0)
+    num_workers: int = setting(0, at_least=0, effect=Effect.none)
     """Processes that decode video ahead; 0 decodes each video when it is used, in one process."""
-    checkpoint_every: int = setting(5, at_least=1)
+    checkpoint_every: int = setting(5, at_least=1, effect=Effect.none)
     """Optimiser steps between checkpoints."""
-    checkpoint_minutes: float = setting(30.0, above=0)
+    checkpoint_minutes: float = setting(30.0, above=0, effect=Effect.none)
     """Longest time between two checkpoints; a step is always finished first."""
-    checkpoints_kept: int = setting(2, at_least=2)
+    checkpoints_kept: int = setting(2, at_least=2, effect=Effect.none)
     """Older ones are removed. Two is the least: the newest, and the one to use when the newest is damaged."""
-    max_skipped_steps: int = setting(5, at_least=1)
+    max_skipped_steps: int = setting(5, at_least=1, effect=Effect.none)
     """Steps in a row that may be left out because their loss or gradient is not finite, before the stage stops."""
-    memory_gib: float | None = setting(None, above=0)
+    memory_gib: float | None = setting(None, above=0, effect=Effect.none)
     """Memory of one GPU in GiB, or on a CPU of the process: a plan that needs more is refused before the start.
     null: what the GPU says; on a CPU, no limit."""
-    progress_bar: bool = True
+    progress_bar: bool = setting(True, effect=Effect.none)
     """Show how far a stage is."""
 
     def __post_init__(self) -> None:

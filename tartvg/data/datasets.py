@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +18,7 @@ from tartvg.config import DatasetConfig, DatasetName
 from tartvg.data import activitynet, charades_sta, jsonl, qvhighlights, tacos, tvgbench
 from tartvg.data.annotations import Annotations, LateWindows, ReadOptions, ReversedWindows
 from tartvg.data.splits import carve
+from tartvg.launch.processes import is_follower
 from tartvg.types import GroundingSample
 
 Reader = Callable[[Sequence[Path], ReadOptions], Annotations]
@@ -103,10 +105,17 @@ def load_annotations(settings: DatasetConfig, split: str) -> Annotations:
         reversed_windows=cast(ReversedWindows, settings.reversed_windows),
     )
     annotations = source.read(paths, options)
-    _LOG.info("%s: %s", paths[0], annotations.quirks.summary())
+    _log_once(logging.INFO, f"{paths[0]}: {annotations.quirks.summary()}")
     if annotations.quirks.dropped:
-        _LOG.warning("%s: %d training queries dropped", paths[0], annotations.quirks.dropped)
+        _log_once(logging.WARNING, f"{paths[0]}: {annotations.quirks.dropped} training queries dropped")
     return replace(annotations, samples=tuple(carve(annotations.samples, split))) if is_carved else annotations
+
+
+@lru_cache(maxsize=4096)
+def _log_once(level: int, text: str) -> None:
+    """Log on rank 0; a stage reads its annotations several times."""
+    if not is_follower():
+        _LOG.log(level, text)
 
 
 def read_files(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from tartvg.config import PlantedConfig
 from tartvg.data.scene import FPS, RULES, SIZE, Scene, draw, make_scene
-from tartvg.records import read_jsonl, sample_from_json, write_jsonl
+from tartvg.records import read_jsonl, sample_from_json, side_folder, write_jsonl
 from tartvg.types import GroundingSample
 
 VERSION = 1
@@ -90,9 +89,7 @@ def planted_folder(root: Path, settings: PlantedConfig, name: str) -> Path:
     final = root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if (final / "annotations.jsonl").is_file():
         return final
-    side = root / f".{final.name}.{os.getpid()}"
-    shutil.rmtree(side, ignore_errors=True)
-    side.mkdir(parents=True)
+    side = side_folder(final)
     _draw_all(side, settings, name)
     try:
         side.rename(final)

@@ -160,12 +160,17 @@ def scorecard_to_json(card: Scorecard, conventions: Conventions) -> dict[str, An
 
 
 def scorecard_from_json(value: Mapping[str, Any]) -> Scorecard:
-    """The scorecard of `scorecard_to_json` or `records.to_json`: thresholds are strings there and estimates lists."""
+    """The scorecard of `scorecard_to_json` or `records.to_json`, whose thresholds are strings."""
     value = {RENAMED.get(name, name): item for name, item in value.items()}
     known = {f.name: value[f.name] for f in fields(Scorecard) if f.name in value}
-    estimates = {name: Estimate(*value[name]) for name in ("miou", "format_rate", "valid_rate")}
-    recall = {float(t): Estimate(*e) for t, e in value["recall"].items()}
+    estimates = {name: _estimate(value[name]) for name in ("miou", "format_rate", "valid_rate")}
+    recall = {float(t): _estimate(e) for t, e in value["recall"].items()}
     return Scorecard(**{**known, **estimates, "recall": recall})
+
+
+def _estimate(value: Any) -> Estimate:
+    """An estimate by name; in older files a list."""
+    return Estimate(**value) if isinstance(value, Mapping) else Estimate(*value)
 
 
 def _index(samples: Sequence[GroundingSample]) -> dict[str, GroundingSample]:

@@ -22,12 +22,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from tartvg.config import Config, SettingError, StageStopped, require, to_dataclasses
+from tartvg.config import Config, LaunchError, SettingError, StageStopped, require, to_dataclasses
 from tartvg.config.errors import explain
+from tartvg.config.overrides import keep_text
 from tartvg.config.renamed import refuse_old_names
-from tartvg.launch.processes import is_follower, is_started
+from tartvg.launch.processes import is_follower, is_started, refuse_leftovers
 from tartvg.launch.signals import PREEMPTION, REQUEUE_CODE, Preempted
 from tartvg.launch.sweeps import Job, print_summaries
+from tartvg.launch.terminal import print_anything
 
 MAX_FOLDER_LENGTH = 150
 """Characters of a job's folder name; file systems allow 255 bytes."""
@@ -62,8 +64,11 @@ def launch(main: Callable[[], object]) -> int:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing them, and `explain` words them
     PREEMPTION.listen()
+    print_anything()
     try:
+        refuse_leftovers()
         refuse_old_names(sys.argv[1:])  # at once, where a sweep would refuse them job by job
+        sys.argv[1:] = keep_text(sys.argv[1:])
         main()
     except JobFailed as failure:
         return failure.code
@@ -75,7 +80,7 @@ def launch(main: Callable[[], object]) -> int:
     except Exception as error:
         if wants_traceback:
             raise
-        if not is_follower():
+        if not is_follower() or isinstance(error, LaunchError):
             print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     finally:
@@ -192,7 +197,7 @@ def _report(error: Exception) -> int:
         print(f"{PREEMPTION.received}: stopped by {type(error).__name__}: {error}", file=sys.stderr)
         return REQUEUE_CODE
     if isinstance(error, SettingError | OmegaConfBaseException):
-        if not is_follower():
+        if not is_follower() or isinstance(error, LaunchError):
             print(f"error: {explain(error)}", file=sys.stderr)
         return 2
     if isinstance(error, StageStopped):

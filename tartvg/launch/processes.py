@@ -17,10 +17,12 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
-from tartvg.config import Config, StageName, Strategy, require
+from tartvg.config import Config, LaunchError, StageName, Strategy, require
 from tartvg.launch.signals import REFUSED_CODE, REQUEUE_CODE, SIGNALS
 
 TRAINED = (StageName.grpo1, StageName.sft, StageName.grpo2)
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher sets in the environment of every process, together."""
 FORWARDED = SIGNALS
 """Ctrl-C is not among them: the terminal sends it to every process itself."""
 GRACE_S = 30.0
@@ -30,12 +32,28 @@ _PR_SET_PDEATHSIG = 1
 
 def is_started() -> bool:
     """Whether this process is one of several that a launcher started."""
-    return "RANK" in os.environ
+    return all(os.environ.get(name) for name in LAUNCHED)
 
 
 def is_follower() -> bool:
     """Whether another process of the run speaks to the user."""
-    return os.environ.get("RANK", "0") != "0"
+    return is_started() and os.environ["RANK"] != "0"
+
+
+def refuse_leftovers() -> None:
+    """Raise LaunchError where the environment says a part of what a launcher says, or what no launcher says."""
+    found = {name: os.environ[name] for name in (*LAUNCHED, "LOCAL_RANK") if os.environ.get(name)}
+    said = " ".join(f"{name}={value}" for name, value in found.items())
+    ranks = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in found]
+    if not ranks:
+        return
+    advice = f"unset {' '.join(ranks)} if no launcher started this command"
+    if not is_started():
+        missing = [name for name in LAUNCHED if name not in found]
+        raise LaunchError(f"{said} in the environment, but not {', '.join(missing)}: {advice}")
+    rank, count = found["RANK"], found["WORLD_SIZE"]
+    if not (rank.isdecimal() and count.isdecimal() and int(rank) < int(count)):
+        raise LaunchError(f"{said} in the environment: RANK must be below WORLD_SIZE; {advice}")
 
 
 def is_parallel(config: Config) -> bool:

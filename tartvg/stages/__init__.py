@@ -58,7 +58,7 @@ def run_pipeline(config: Config) -> None:
         if name is StageName.pipeline:
             raise SettingError("stage.sequence must not contain pipeline")
         if distributed.is_rank_zero():
-            print(f"── {name.value} " + "─" * (60 - len(name.value)))
+            print(f"-- {name.value} " + "-" * (60 - len(name.value)))
         run_on_ranks(name, config)
 
 

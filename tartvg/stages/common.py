@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import torch
 from tartvg.config import Config, SettingError
 from tartvg.data.clips import DECODERS, ClipReader
 from tartvg.data.datasets import load_samples
+from tartvg.launch.terminal import warn_once
 from tartvg.policy.features import FeatureCache
 from tartvg.policy.loading import ADAPTER_FILE, EMBEDDED_TINY, base_path
 from tartvg.policy.policy import Policy
 from tartvg.prompts import build_prompt
 from tartvg.records import read_jsonl, write_jsonl
-from tartvg.stages.folder import fingerprint, run_dir
+from tartvg.stages.folder import run_dir
+from tartvg.stages.keys import data_identity, fingerprint
 from tartvg.types import Prompt
 
 BASE = "base"
@@ -34,18 +37,42 @@ def prompts_of(config: Config, split: str) -> list[Prompt]:
     return [build_prompt(s, config.anchors) for s in samples]
 
 
+def train_data(config: Config) -> dict[str, str]:
+    """The part of a training's key that is its data. Raises SettingError where too many of the videos are missing."""
+    prompts = prompts_of(config, "train")
+    refuse_missing_videos(config, "train", prompts, config.dataset.max_missing_share)
+    return {"data": data_identity(p.sample for p in prompts)}
+
+
+def refuse_missing_videos(config: Config, split: str, prompts: Sequence[Prompt], max_share: float) -> None:
+    """Say how many of the videos are not there. Raises SettingError for more than `max_share`, and for all of them."""
+    videos = dict.fromkeys(p.sample.video for p in prompts)
+    missing = [video for video in videos if not video.is_file()]
+    if not missing:
+        return
+    folder = config.dataset.videos or Path(config.dataset.root) / "videos"
+    found = f"{len(missing)} of {len(videos)} videos are missing in {folder}, such as {missing[0].name}"
+    if len(missing) == len(videos) or len(missing) > max_share * len(videos):
+        more = "" if len(missing) == len(videos) else ", or go on without them by dataset.max_missing_share=1"
+        raise SettingError(f"dataset={config.dataset.name.value}, split {split}: {found}; set dataset.videos{more}")
+    warn_once(f"split {split}: {found}")
+
+
 @lru_cache(maxsize=2)
 def _cache(base: str, limit_gib: float) -> FeatureCache:
     return FeatureCache(limit_gib)
 
 
-def load_policy(config: Config, adapter: Path | None, *, is_trained: bool = False) -> Policy:
+def load_policy(
+    config: Config, adapter: Path | None, *, is_trained: bool = False, num_decoders: int | None = None
+) -> Policy:
     """Base plus adapter on the trainer's device. Policies of one process share the features of the frozen tower.
 
     Under ZeRO-3 a policy that is to be trained (`is_trained`) stays in main memory until its weights are split.
+    `num_decoders` are started for it; None: `trainer.num_workers`.
     """
     # first: they import while the weights are read, and start before CUDA and the network are up
-    DECODERS.start(config.trainer.num_workers)
+    DECODERS.start(config.trainer.num_workers if num_decoders is None else num_decoders)
     settings = config.policy
     policy = Policy(settings, adapter, config.seed)
     policy.cache = _cache(f"{settings.path}@{settings.revision}:{settings.precision.value}", settings.feature_cache_gib)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from tartvg.config import Config, ControlName, SamplingConfig, policy_label
 from tartvg.data.video import Clip, VideoError
@@ -18,7 +19,8 @@ from tartvg.policy.policy import Policy, PreparedPrompt
 from tartvg.policy.sampling import greedy
 from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atomic, write_jsonl
 from tartvg.stages.common import adapter_of, load_policy, prompts_of
-from tartvg.stages.folder import PATIENCE_S, StageFolder, fingerprint, run_dir
+from tartvg.stages.folder import PATIENCE_S, StageFolder, run_dir
+from tartvg.stages.keys import fingerprint, settings_of
 from tartvg.tracking import Tracker
 from tartvg.training.prefetch import clips_ahead, split, videos_of
 from tartvg.types import Prediction, Prompt
@@ -39,8 +41,7 @@ def _control(config: Config, target: str, label: str) -> None:
     is_shard = config.evaluate.shard is not None
     if is_shard and not source.exists():
         return  # the shard that puts the results together does it
-    key = {"controls": replace(config.faithfulness, every=0), "predictions": fingerprint(source)}
-    place = StageFolder(run_dir(config) / "controls" / label, config, key)
+    place = StageFolder(run_dir(config) / "controls" / label, config, lambda: key_of(config, source))
     with place.work(PATIENCE_S if is_shard else 0.0) as is_needed:
         if not is_needed:
             return
@@ -57,6 +58,11 @@ def _control(config: Config, target: str, label: str) -> None:
             summary[kind.value] = summarise(real, answers)
         write_atomic(place.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         _track(config, place.folder, label, summary)
+
+
+def key_of(config: Config, source: Path) -> dict[str, Any]:
+    """What the comparison depends on; `source` holds the answers of the evaluation, which depend on all the rest."""
+    return {**settings_of(config, "faithfulness"), "predictions": fingerprint(source)}
 
 
 def summarise(real: dict[str, Prediction], answers: Sequence[Prediction]) -> dict[str, float | int | None]:

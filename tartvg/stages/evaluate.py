@@ -7,7 +7,6 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from tartvg.policy.policy import Policy
 from tartvg.policy.sampling import greedy, stream_seed
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atomic, write_jsonl
-from tartvg.stages.common import adapter_of, base_identity, load_policy, prompts_of
+from tartvg.stages.common import adapter_of, base_identity, load_policy, prompts_of, refuse_missing_videos
 from tartvg.stages.controls import run_controls
-from tartvg.stages.folder import PATIENCE_S, StageFolder, fingerprint, run_dir
+from tartvg.stages.folder import PATIENCE_S, StageFolder, run_dir
+from tartvg.stages.keys import data_identity, fingerprint, settings_of
 from tartvg.stages.quiet import quiet_libraries
 from tartvg.stages.shards import are_complete, batch_files, helpers, is_orphan, missing_of
-from tartvg.stages.shared import data_identity
 from tartvg.tracking import Tracker
 from tartvg.training.prefetch import Clips, clips_ahead, split, videos_of
 from tartvg.training.probes import decodable
@@ -50,7 +49,8 @@ def run_evaluate(config: Config) -> None:
 
 def _evaluate(config: Config, target: str) -> None:
     adapter = adapter_of(config, target)
-    place = StageFolder(run_dir(config) / "evaluate" / policy_label(target), config, key_of(config, adapter))
+    folder = run_dir(config) / "evaluate" / policy_label(target)
+    place = StageFolder(folder, config, lambda: key_of(config, adapter))
     if config.evaluate.shard is not None:
         if place.claim():
             work_on_shard(config, target, place.folder / BATCHES, config.evaluate.shard)
@@ -69,12 +69,15 @@ def _evaluate(config: Config, target: str) -> None:
 
 def key_of(config: Config, adapter: Path | None) -> dict[str, Any]:
     """Everything that the results depend on, the annotations and videos among it."""
+    found = settings_of(
+        config, "policy", "dataset.name", "dataset.late_windows", "anchors", "evaluate",
+        "grpo.sampling.max_new_tokens", "seed",
+    )  # fmt: skip
+    prompts = prompts_to_score(config)
+    refuse_missing_videos(config, config.evaluate.split, prompts, max_share=1.0)  # a missing one counts as wrong
     return {
-        "policy": config.policy, "dataset": config.dataset, "data": data_identity(config.dataset),
-        "prompt": config.anchors.prompt, "target": config.anchors.count, "cap": config.anchors.max_count,
-        "evaluate": replace(config.evaluate, policies=[], num_shards=1, shard=None),
-        "max_new_tokens": config.grpo.sampling.max_new_tokens, "base": base_identity(config), "seed": config.seed,
-        "adapter": None if adapter is None else fingerprint(adapter), "threads": config.trainer.num_threads,
+        **found, "data": data_identity(p.sample for p in prompts), "base": base_identity(config),
+        "adapter": None if adapter is None else fingerprint(adapter),
     }  # fmt: skip
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 from tartvg.config import Config, FilterConfig, SettingError
 from tartvg.records import group_from_json, read_jsonl, to_json, write_atomic, write_jsonl
-from tartvg.stages.folder import StageFolder, fingerprint, run_dir
+from tartvg.stages.folder import StageFolder, run_dir
+from tartvg.stages.keys import fingerprint, settings_of
 from tartvg.tracking import Tracker
 from tartvg.types import Rollout, RolloutGroup, Trace
 
@@ -54,14 +57,18 @@ def select(groups: Iterable[RolloutGroup], rule: FilterConfig) -> tuple[list[Tra
     return traces, total, rejected
 
 
+def key_of(config: Config, source: Path) -> dict[str, Any]:
+    """What the traces depend on; `source` holds the rollouts."""
+    return {**settings_of(config, "filter"), "rollouts": fingerprint(source)}
+
+
 def run_filter(config: Config) -> None:
     """Write `<run>/filter/traces.jsonl` and summary.json, and say what each clause rejected."""
     stage = config.filter.source
     source = run_dir(config) / stage / "rollouts.jsonl"
     if not source.is_file():
         raise SettingError(f"stage=filter needs {source}: run stage={stage} with the same name first")
-    key = {"rule": config.filter, "rollouts": fingerprint(source)}
-    place = StageFolder(run_dir(config) / "filter", config, key)
+    place = StageFolder(run_dir(config) / "filter", config, lambda: key_of(config, source))
     with place.work() as is_needed:
         if not is_needed:
             return

@@ -1,31 +1,34 @@
 """A stage's folder: `<runs_dir>/<name>/<stage>/`, done once, continued when interrupted, never overwritten.
 
-The manifest holds a key made of the settings and inputs that the stage's result depends on. The same command again
-finds the same key: a finished stage is skipped, an unfinished one continues. Another key means that something changed:
-the old folder is moved aside and the stage starts anew; so it does where files of a finished stage are missing or cut.
+The manifest holds a key made of the settings and inputs that the stage's result depends on (`tartvg.stages.keys`). The
+same command again finds the same key: a finished stage is skipped, an unfinished one continues. Another key means that
+something changed: a training stage is refused then unless `overwrite` is set, as it may have taken days; otherwise the
+old folder is moved aside and the stage starts anew. So it does where files of a finished stage are missing or cut.
 
 With `reuse_stages` a stage that another run has finished is copied instead: see `tartvg.stages.shared`.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from tartvg.config import Config, SettingError
 from tartvg.records import to_json, write_atomic
+from tartvg.stages.keys import differences
+from tartvg.stages.locks import held
 from tartvg.stages.shared import SharedStage, identity, result_files
 from tartvg.training import distributed
 
@@ -38,17 +41,6 @@ LIBRARIES = ("torch", "transformers", "peft", "pytorch-lightning", "av")
 def run_dir(config: Config) -> Path:
     """The folder of the whole run."""
     return Path(config.runs_dir) / config.name
-
-
-def fingerprint(path: Path) -> str:
-    """Hash of a file's content, or of all files below a folder."""
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def git_state() -> str:
@@ -78,18 +70,41 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 class StageFolder:
     """One stage's place. Use `with StageFolder(...).work() as is_needed:`."""
 
-    def __init__(self, folder: Path, config: Config, key: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: Config, key: Callable[[], Mapping[str, Any]], *, is_training: bool = False
+    ) -> None:
+        """`key` reads what the result depends on: on rank 0 only, and once. A changed `is_training` stage is refused.
+
+        Making a key may take minutes: it reads the base and parts of every video.
+        """
         self.folder = folder
         self.config = config
-        self.inputs = to_json(dict(key))
-        text = json.dumps(self.inputs, sort_keys=True)
-        self.key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.is_training = is_training
+        self._make_key = key
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What the stage's result depends on, as JSON values."""
+        value: dict[str, Any] = json.loads(json.dumps(to_json(dict(self._make_key()))))
+        return value
+
+    @property
+    def key(self) -> str:
+        """Hash of the inputs."""
+        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()[:16]
+
+    def changes(self, manifest: Mapping[str, Any]) -> list[str]:
+        """Say what differs between a manifest's inputs and these; empty for the very same stage."""
+        inputs = manifest.get("inputs")
+        if not isinstance(inputs, dict):
+            return [] if manifest.get("key") == self.key else ["its inputs are not recorded"]
+        return differences(inputs, self.inputs, self.config, self.folder)
 
     @property
     def is_finished(self) -> bool:
         """Whether this very stage, with these settings and inputs, is done, and its files are as long as they were."""
         manifest = read_manifest(self.folder)
-        if not manifest or not manifest.get("finished") or manifest.get("key") != self.key:
+        if not manifest or not manifest.get("finished") or self.changes(manifest):
             return False
         files = manifest.get("files")
         return not isinstance(files, dict) or all(_size(self.folder / name) == size for name, size in files.items())
@@ -121,6 +136,7 @@ class StageFolder:
         with ExitStack() as stack:
             with distributed.failing_together():
                 stack.enter_context(self._lock(patience_s))
+                self._refuse_changed()
                 shared = stack.enter_context(self._claimed())
                 is_needed = not self._is_there(shared)
                 before = self._enter() if is_needed else 0.0
@@ -174,29 +190,42 @@ class StageFolder:
     @contextmanager
     def _lock(self, patience_s: float) -> Iterator[None]:
         deadline = time.monotonic() + patience_s
-        with (self.folder.parent / f".{self.folder.name}.lock").open("w") as file:
-            while not _is_locked(file):
-                if time.monotonic() > deadline:
-                    raise SettingError(f"name={self.folder.parent.name}: another process is working in {self.folder}")
-                time.sleep(0.2)
+
+        def wait(owner: str) -> None:
+            if time.monotonic() > deadline:
+                raise SettingError(f"name={self.folder.parent.name}: {owner} is working in {self.folder}")
+            time.sleep(0.2)
+
+        with held(self.folder.parent / f".{self.folder.name}.lock", wait):
             yield
+
+    def _refuse_changed(self) -> None:
+        """Raise SettingError for a training stage that was begun with other settings or inputs."""
+        manifest = read_manifest(self.folder)
+        found = self.changes(manifest) if manifest and self.is_training and not self.config.overwrite else []
+        if found:
+            raise SettingError(
+                f"{self.folder} was begun with other settings or inputs: {', '.join(found)}. Give another name=..., or "
+                "overwrite=true to start it anew beside the old results"
+            )
 
     def _enter(self) -> float:
         manifest = read_manifest(self.folder)
+        changes = [] if manifest is None else self.changes(manifest)
         if manifest is None and any(self.folder.iterdir()):
             self._move_aside("its manifest is missing or damaged")
-        elif manifest is not None and manifest.get("key") != self.key:
-            self._move_aside("its settings or inputs changed")
+        elif changes:
+            self._move_aside(f"its settings or inputs changed: {', '.join(changes)}")
             manifest = None
         elif manifest is not None and manifest.get("finished"):
             self._move_aside("files of it are missing or damaged")
             manifest = None
-        if manifest is None:
-            self._write(finished=False, seconds=0.0)
-            OmegaConf.save(OmegaConf.structured(self.config), self.folder / "config.yaml")
-            return 0.0
-        print(f"{self.folder}: continuing")
-        return float(manifest.get("seconds", 0.0))
+        seconds = 0.0 if manifest is None else float(manifest.get("seconds", 0.0))
+        if manifest is not None:
+            print(f"{self.folder}: continuing")
+        self._write(finished=False, seconds=seconds)
+        OmegaConf.save(OmegaConf.structured(self.config), self.folder / "config.yaml")
+        return seconds
 
     def _move_aside(self, reason: str) -> None:
         number = 1
@@ -234,12 +263,3 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-def _is_locked(file: IO[str]) -> bool:
-    """Take the lock of one process per stage folder; the system frees it when the process dies."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -44,7 +44,7 @@ def run_ground(config: Config) -> None:
     adapter = trained_adapter(config)
     print(f"policy: {config.policy.path} " + (f"with {adapter}" if adapter else "(no trained adapter in this run)"))
     sample = GroundingSample(video.stem, video, config.query, (), clip.duration, "test")
-    policy = load_policy(config, adapter).eval()
+    policy = load_policy(config, adapter, num_decoders=0).eval()
     prepared = policy.prepare(build_prompt(sample, config.anchors), clip)
     completion = policy.sample([prepared], 1, greedy(config.grpo.sampling), [0])[0][0]
     response = parse_response(completion.text)

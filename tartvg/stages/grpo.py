@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from tartvg.config import Config, GrpoConfig, require
+from tartvg.config import Config, require
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.rewards import Rubric
-from tartvg.stages.common import adapter_of, base_identity, prompts_of
-from tartvg.stages.folder import StageFolder, fingerprint, run_dir
+from tartvg.stages.common import adapter_of, base_identity, prompts_of, train_data
+from tartvg.stages.folder import StageFolder, run_dir
+from tartvg.stages.keys import STEPS, fingerprint, settings_of
 from tartvg.stages.memory import refuse_what_cannot_fit
 from tartvg.stages.train import Setup, train_stage
 from tartvg.stages.validation import validation_key
@@ -42,23 +43,21 @@ def run_grpo(config: Config, stage: str) -> None:
     require(per_step % count == 0, "grpo.prompts_per_step", f"a multiple of the {count} processes", per_step)
     start = start_adapter(config, stage)
     max_steps = config.grpo.steps_of(stage)
-    # The filter and the other stage's steps are no part of this stage: what differs in them shares its result.
-    key = {
-        "policy": config.policy, "dataset": config.dataset, "anchors": config.anchors,
-        "reward": config.reward, "grpo": own_settings(config.grpo), "max_steps": max_steps, "seed": config.seed,
-        "base": base_identity(config),
-        "adapter": None if start is None else fingerprint(start), "threads": config.trainer.num_threads,
-        **validation_key(config),
-    }  # fmt: skip
-    place = StageFolder(run_dir(config) / stage, config, key)
+    place = StageFolder(run_dir(config) / stage, config, lambda: key_of(config, stage, start), is_training=True)
     with place.work() as is_needed:
         if is_needed:
             _train(config, stage, place.folder, start, max_steps)
 
 
-def own_settings(settings: GrpoConfig) -> GrpoConfig:
-    """The settings that a stage's result depends on, without the number of steps, which each stage has of its own."""
-    return replace(settings, max_steps=1, max_steps_grpo2=None, rows_per_pass=None)
+def key_of(config: Config, stage: str, start: Path | None) -> dict[str, Any]:
+    """What the stage's result depends on. The filter and the other stage's steps are no part of it."""
+    found = settings_of(config, "policy", "anchors", "reward", "grpo", "seed")
+    own = STEPS[stage == "grpo2"]
+    return {
+        **{name: value for name, value in found.items() if name not in STEPS}, own: config.grpo.steps_of(stage),
+        **train_data(config), **validation_key(config), "base": base_identity(config),
+        "adapter": None if start is None else fingerprint(start),
+    }  # fmt: skip
 
 
 def _train(config: Config, stage: str, folder: Path, start: Path | None, max_steps: int) -> None:

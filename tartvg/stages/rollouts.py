@@ -6,6 +6,7 @@ Its rollouts feed the filter where SFT is to come before any reinforcement learn
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,8 +15,9 @@ from tartvg.grpo.metrics import rollout_metrics
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import read_jsonl, to_json
 from tartvg.rewards import Rubric
-from tartvg.stages.common import base_identity, keep_before, load_policy, prompts_of
+from tartvg.stages.common import base_identity, keep_before, load_policy, prompts_of, train_data
 from tartvg.stages.folder import StageFolder, run_dir
+from tartvg.stages.keys import settings_of
 from tartvg.tracking import Tracker
 from tartvg.training.batches import StepDataset
 from tartvg.training.grpo_module import GrpoModule
@@ -28,18 +30,19 @@ STAGE = "rollouts"
 def run_rollouts(config: Config) -> None:
     """Write `<run>/rollouts/rollouts.jsonl` and its metrics; interrupted, it goes on with the next step."""
     set_up_torch(config.trainer)
-    max_steps, settings = config.grpo.max_steps, config.grpo
-    key = {
-        "policy": config.policy, "dataset": config.dataset, "reward": config.reward, "prompt": config.anchors.prompt,
-        "target": config.anchors.count, "cap": config.anchors.max_count, "group_size": settings.group_size,
-        "prompts_per_step": settings.prompts_per_step, "sampling": settings.sampling,
-        "at_once": settings.sampling_batch_size, "max_steps": max_steps,
-        "seed": config.seed, "base": base_identity(config), "threads": config.trainer.num_threads,
-    }  # fmt: skip
-    place = StageFolder(run_dir(config) / STAGE, config, key)
+    place = StageFolder(run_dir(config) / STAGE, config, lambda: key_of(config))
     with place.work() as is_needed:
         if is_needed:
-            _draw(config, place.folder, max_steps)
+            _draw(config, place.folder, config.grpo.max_steps)
+
+
+def key_of(config: Config) -> dict[str, Any]:
+    """What the rollouts depend on: nothing that concerns learning."""
+    found = settings_of(
+        config, "policy", "anchors", "reward", "grpo.group_size", "grpo.prompts_per_step", "grpo.sampling",
+        "grpo.sampling_batch_size", "grpo.max_steps", "seed",
+    )  # fmt: skip
+    return {**found, **train_data(config), "base": base_identity(config)}
 
 
 def _draw(config: Config, folder: Path, max_steps: int) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tartvg.config import Config, SettingError
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import read_jsonl, trace_from_json
-from tartvg.stages.common import base_identity, prompts_of
-from tartvg.stages.folder import StageFolder, fingerprint, run_dir
+from tartvg.stages.common import base_identity, prompts_of, train_data
+from tartvg.stages.folder import StageFolder, run_dir
+from tartvg.stages.keys import fingerprint, settings_of
 from tartvg.stages.train import Setup, train_stage
 from tartvg.stages.validation import validation_key
 from tartvg.training import distributed
@@ -21,15 +23,17 @@ def run_sft(config: Config) -> None:
     source = run_dir(config) / "filter" / "traces.jsonl"
     if not source.is_file():
         raise SettingError(f"stage=sft needs {source}: run stage=filter with the same name first")
-    key = {
-        "policy": config.policy, "dataset": config.dataset, "prompt": config.anchors.prompt,
-        "target": config.anchors.count, "sft": config.sft, "seed": config.seed, "traces": fingerprint(source),
-        "base": base_identity(config), "threads": config.trainer.num_threads, **validation_key(config),
-    }  # fmt: skip
-    place = StageFolder(run_dir(config) / "sft", config, key)
+    place = StageFolder(run_dir(config) / "sft", config, lambda: key_of(config, source), is_training=True)
     with place.work() as is_needed:
         if is_needed:
             _train(config, place.folder, source)
+
+
+def key_of(config: Config, source: Path) -> dict[str, Any]:
+    """What the stage's result depends on; `source` holds the traces."""
+    found = settings_of(config, "policy", "anchors.prompt", "anchors.count", "sft", "seed")
+    data = train_data(config) | validation_key(config)
+    return {**found, **data, "base": base_identity(config), "traces": fingerprint(source)}
 
 
 def _train(config: Config, folder: Path, source: Path) -> None:

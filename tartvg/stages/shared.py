@@ -1,9 +1,9 @@
 """Finished stages that several runs have in common, done once: `<runs_dir>/.shared/` knows where each of them lies.
 
 What makes two stages the same is everything that their numbers depend on: the kind of stage, its settings and inputs
-(the manifest's key, which holds content hashes of the base, the adapter and the traces), the annotations and videos,
-this package's code, the versions of the libraries, and the kind of device. A run's name, its tracking and its report
-are no part of it.
+(the manifest's key, which holds content hashes of the base, the data, the adapter and the traces), the settings that
+move its rounding, the kind of device among them, this package's code and the versions of the libraries. A run's name,
+its tracking and its report are no part of it.
 
 An entry is a pointer with the hash of every file, not a second copy. Taking one copies the files and compares the
 hashes on the way, so an entry whose run was removed, moved or edited is worth nothing and does no harm. A lock per
@@ -13,26 +13,26 @@ dies. Several machines need a file system that carries such locks (NFS 4 does).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tartvg.config import Config, DatasetConfig, DatasetName
-from tartvg.records import write_atomic
+from tartvg.config import Config
+from tartvg.config.fields import Effect, flattened
+from tartvg.records import side_folder, to_json, write_atomic
+from tartvg.stages.locks import held
 
 PLACE = ".shared"
 OF_THE_RUN = ("manifest.json", "config.yaml", "wandb_id")
 """Files of a stage's folder that say whose it is."""
 NOT_RESULTS = ("checkpoints", "wandb", "batches")
 """Folders that a finished stage does not need."""
-DRAWN = (DatasetName.planted, DatasetName.planted_long)
 
 
 @lru_cache(maxsize=1)
@@ -47,30 +47,10 @@ def code_identity() -> str:
     return digest.hexdigest()[:16]
 
 
-def data_identity(settings: DatasetConfig) -> str:
-    """What tells one state of a data set's files from another: annotations by content, videos by name and size.
-
-    A link to nothing is no video.
-    """
-    if settings.name in DRAWN:
-        return "drawn"  # by the code, from the settings
-    digest = hashlib.sha256()
-    root = Path(settings.root)
-    for path in sorted(p for p in root.glob("*") if p.is_file()):
-        digest.update(f"{path.name}\0{_hash(path)}\n".encode())
-    videos = Path(settings.videos) if settings.videos else root / "videos"
-    if videos.is_dir():
-        with os.scandir(videos) as entries:
-            sizes = sorted((entry.name, entry.stat().st_size) for entry in entries if Path(entry.path).exists())
-        digest.update(json.dumps(sizes).encode())
-    return digest.hexdigest()[:16]
-
-
 def identity(kind: str, key: str, config: Config, libraries: Mapping[str, str]) -> str:
     """Name of the entry: equal for two stages only if their results are."""
-    trainer = config.trainer
-    device = [trainer.accelerator, trainer.strategy.value, trainer.devices, trainer.num_nodes]
-    parts = [kind, key, data_identity(config.dataset), code_identity(), dict(libraries), device]
+    rounding = {name: to_json(value) for name, value, effect in flattened(config) if effect is Effect.rounding}
+    parts = [kind, key, code_identity(), dict(libraries), rounding]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -96,12 +76,15 @@ class SharedStage:
     def claimed(self, label: str) -> Iterator[None]:
         """Wait until no other job makes this stage; `label` is what to say meanwhile."""
         self.entry.parent.mkdir(parents=True, exist_ok=True)
-        with self.entry.with_suffix(".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                print(f"{label}: another job makes the same stage; waiting for it", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
+        waits_for: set[str] = set()
+
+        def wait(owner: str) -> None:
+            if owner not in waits_for:
+                print(f"{label}: {owner} makes the same stage; waiting for it", flush=True)
+            waits_for.add(owner)
+            time.sleep(0.2)
+
+        with held(self.entry.with_suffix(".lock"), wait):
             yield
 
     def read(self) -> dict[str, Any] | None:
@@ -132,8 +115,7 @@ class SharedStage:
         if value is None:
             return None
         source = self.runs_dir / value["folder"]
-        side = folder.with_name(f".{folder.name}.{os.getpid()}")
-        shutil.rmtree(side, ignore_errors=True)
+        side = side_folder(folder)
         if not self._copy(source, value["files"], side):
             shutil.rmtree(side, ignore_errors=True)
             self.entry.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from tartvg.config import Config, SettingError
 from tartvg.stages.common import keep_before, prompts_of
+from tartvg.stages.keys import data_identity, settings_of
 from tartvg.training import distributed
 from tartvg.training.validation import ROWS, Questions, Validation
 
@@ -18,8 +19,9 @@ def validation_key(config: Config) -> dict[str, Any]:
     """What a stage's result and its metrics depend on, where it is measured."""
     if not config.validation.every:
         return {}
-    limit = config.grpo.sampling.max_new_tokens
-    return {"validation": config.validation, "asked_at_once": config.evaluate.batch_size, "max_new_tokens": limit}
+    found = settings_of(config, "validation", "evaluate.batch_size", "grpo.sampling.max_new_tokens")
+    prompts = prompts_of(config, SPLIT)[: config.validation.num_queries]
+    return {**found, "validation_data": data_identity(p.sample for p in prompts)}
 
 
 def validation_of(config: Config, folder: Path, max_steps: int) -> Validation | None:

@@ -7,6 +7,7 @@ always be laid over each other. W&B is a mirror: whatever happens to it, the run
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,16 +17,22 @@ from types import TracebackType
 from typing import Any, Self
 
 from tartvg.config import TrackingConfig, TrackingMode
+from tartvg.launch.terminal import warn_once
 from tartvg.monitors import Alarm
 from tartvg.records import append_jsonl, read_jsonl, to_json, write_jsonl
 from tartvg.tracking.summary import best_and_last
 from tartvg.tracking.tables import ANSWER_COLUMNS, answer_rows, example_columns, example_rows
-from tartvg.tracking.wandb_backend import WandbRun
+from tartvg.tracking.wandb_backend import WandbRun, give_up
 from tartvg.types import Prediction, RolloutGroup
 
 STEP = "progress/step"
 ALARMS = "alarms.jsonl"
 MAX_ARTIFACT_NAME = 128
+WANDB_MODES = {
+    "disabled": TrackingMode.off, "dryrun": TrackingMode.offline, "offline": TrackingMode.offline,
+    "run": TrackingMode.online, "online": TrackingMode.online,
+}  # fmt: skip
+"""Values of WANDB_MODE, by how much they track."""
 NUM_EXAMPLES = 4
 """Best and worst completions shown in each table."""
 PREFIXES = ("reward", "anchors", "group", "rollout", "loss", "optim", "perf", "time", "memory", "eval", "progress")
@@ -56,6 +63,21 @@ def artifact_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name)[:MAX_ARTIFACT_NAME]
 
 
+def heeding_environment(settings: TrackingConfig) -> TrackingConfig:
+    """The settings, tracking less where W&B's own variables say so, and never more: then a warning says what holds."""
+    name = "WANDB_DISABLED" if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true") else "WANDB_MODE"
+    said = os.environ.get(name, "").lower()
+    asked = TrackingMode.off if name == "WANDB_DISABLED" else WANDB_MODES.get(said)
+    if not said or asked is settings.mode:
+        return settings
+    order = list(WANDB_MODES.values())
+    if asked is None or order.index(asked) > order.index(settings.mode):
+        warn_once(f"{name}={said} is not followed, as tracking.mode={settings.mode.value}; tracking.mode decides")
+        return settings
+    warn_once(f"{name}={said} in the environment: W&B is {asked.value}, although tracking.mode={settings.mode.value}")
+    return replace(settings, mode=asked)
+
+
 class Tracker:
     """Context manager around one stage. Only the active one (rank 0) writes; all others accept the same calls.
 
@@ -76,7 +98,7 @@ class Tracker:
     ) -> None:
         self.path = folder / "metrics.jsonl"
         self._folder = folder
-        self._settings = settings
+        self._settings = heeding_environment(settings) if is_active else settings
         self._run_name = run_name
         self._stage = stage
         self._config = {**config, "seed": seed, "stage": stage}
@@ -203,6 +225,7 @@ class Tracker:
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self._warn_once("offline", f"W&B cannot be reached and goes on offline ({reason})")
+            give_up()
             self._wandb = self._wandb_run(replace(self._settings, mode=TrackingMode.offline))
 
     def _wandb_run(self, settings: TrackingConfig) -> WandbRun:

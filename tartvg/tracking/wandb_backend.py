@@ -22,9 +22,18 @@ MAX_TAG = 64
 """Characters; W&B refuses longer tags."""
 MIN_WAIT_S = 1e-3
 """Between two alerts of one title. W&B reads 0 as a minute; a monitor rings only when it begins to fire anyway."""
+INIT_TIMEOUT_S, LOGIN_TIMEOUT_S = 20.0, 10.0
+"""Together half a minute: so long a start waits for a network that is not there."""
 SECRET_NAMES = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 MIN_SECRET = 8
 """Characters: a shorter value of such a variable is a switch, not a secret."""
+
+
+def give_up() -> None:
+    """End W&B's own process after a start that failed: it would refuse the run's id to the next attempt."""
+    import wandb
+
+    wandb.teardown(exit_code=1)
 
 
 class WandbRun:
@@ -72,8 +81,8 @@ class WandbRun:
                 program="tartvg",
                 host="localhost",
                 silent=True,
-                init_timeout=60.0,
-                login_timeout=60.0,
+                init_timeout=INIT_TIMEOUT_S,
+                login_timeout=LOGIN_TIMEOUT_S,
                 x_disable_meta=True,
                 x_disable_machine_info=True,
                 x_save_requirements=False,

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tartvg.config import SettingError, Strategy, TrainerConfig
+from tartvg.config import LaunchError, Strategy, TrainerConfig
+from tartvg.launch.processes import is_started
 from tartvg.records import to_json
 
 BROADCAST_TIMEOUT = timedelta(days=30)
@@ -66,14 +67,15 @@ def is_rank_zero() -> bool:
 def init(settings: TrainerConfig) -> None:
     """Join the process group. A strategy for several processes makes a group of one where no launcher is used.
 
-    Raises SettingError when the launcher started another number of processes than the settings say.
+    Raises LaunchError when the launcher started another number of processes than the settings say.
     """
     expected = settings.devices * settings.num_nodes
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != expected:
-        raise SettingError(
+        raise LaunchError(
             f"trainer.devices={settings.devices} and trainer.num_nodes={settings.num_nodes} make {expected} processes, "
-            f"but {started} were started"
+            f"but {started} were started (WORLD_SIZE={started} in the environment; unset RANK and WORLD_SIZE if no "
+            "launcher started this command)"
         )
     if settings.strategy is Strategy.single:
         return
@@ -82,7 +84,7 @@ def init(settings: TrainerConfig) -> None:
     backend = "nccl" if is_gpu else "gloo"
     if not is_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it once, at its first import
-    if "RANK" not in os.environ:
+    if not is_started():
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}

@@ -37,6 +37,5 @@ def test_it_can_do_better_than_it_does(run_command, tmp_path):
     )  # fmt: skip
     scores = json.loads((tmp_path / "r/evaluate/base/scores.json").read_text())
     assert scores["num_queries"] == 120
-    _, low, high = scores["valid_rate"]
-    assert low >= 0.15 and high <= 0.35
-    assert scores["oracle_iou"] > scores["miou"][0] + 0.15
+    assert scores["valid_rate"]["low"] >= 0.15 and scores["valid_rate"]["high"] <= 0.35
+    assert scores["oracle_iou"] > scores["miou"]["value"] + 0.15

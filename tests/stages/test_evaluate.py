@@ -99,12 +99,15 @@ def test_two_targets_never_share_a_place(tmp_path: Path) -> None:
 def test_the_key_of_an_evaluation_holds_the_annotations_and_the_videos(untrained_base, tmp_path: Path) -> None:
     row = {"video": "a.mp4", "query": "q", "window": [0, 1], "duration": 5}
     (tmp_path / "videos").mkdir()
-    (tmp_path / "test.jsonl").write_text(json.dumps(row))
+    (tmp_path / "videos/b.mp4").write_bytes(b"a video that is there")
+    lines = [row, {**row, "video": "b.mp4"}]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = composed("dataset=jsonl", f"dataset.root={tmp_path}", f"policy.path={untrained_base}")
     keys = [key_of(config, None)]
     (tmp_path / "videos/a.mp4").write_bytes(b"a video that was missing")
     keys.append(key_of(config, None))
-    (tmp_path / "test.jsonl").write_text(json.dumps({**row, "window": [0, 2]}))
+    lines[0] = {**row, "window": [0, 2]}
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
     keys.append(key_of(config, None))
     assert keys[2] == key_of(config, None) and keys[0] != keys[1] != keys[2] != keys[0]
 

@@ -102,12 +102,19 @@ def test_the_adapter_of_grpo2_is_a_plain_peft_adapter(settings, untrained_base, 
 # The one test that starts run.py among the quick ones.
 @pytest.mark.slow
 @pytest.mark.xdist_group("forked")
-def test_a_changed_setting_moves_the_old_results_aside(settings, run_command, tmp_path):
+def test_a_training_with_changed_settings_is_refused_until_the_old_results_may_be_moved(
+    settings, run_command, tmp_path
+):
     command = [*settings, "stage=grpo1", "grpo.max_steps=1", f"runs_dir={tmp_path}", "name=r"]
     run_command(*command)
     old = (tmp_path / "r/grpo1/rollouts.jsonl").read_text()
-    result = run_command(*command, "reward.beta=1")
-    assert "old1" in result.stdout
+    refused = run_command(*command, "reward.beta=1", check=False)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    for words in ("reward.beta 5.0 -> 1.0.", "overwrite=true", str(tmp_path / "r/grpo1")):
+        assert words in refused.stderr
+    assert [path.name for path in (tmp_path / "r").iterdir() if path.is_dir()] == ["grpo1"]
+    result = run_command(*command, "reward.beta=1", "overwrite=true")
+    assert "reward.beta 5.0 -> 1.0; the old results are in grpo1.old1" in result.stdout
     assert (tmp_path / "r/grpo1.old1/rollouts.jsonl").read_text() == old
     assert len(rows(tmp_path / "r/grpo1/rollouts.jsonl")) == 2
 
@@ -118,6 +125,18 @@ def test_a_stage_says_what_it_lacks(settings, run_command, tmp_path):
         result = run_command(*settings, f"stage={stage}", f"runs_dir={tmp_path}", "name=empty", check=False)
         assert result.returncode == 2, result.stderr
         assert lack in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_ground_starts_no_decoders_beyond_the_one_that_it_uses(settings, planted_root, prompts, tmp_path, capsys):
+    from tartvg.data.clips import DECODERS
+    from tartvg.stages.ground import run_ground
+
+    DECODERS.stop()
+    run_ground(composed(*settings, "stage=ground", f"video={prompts[0].sample.video}", "query=the red circle",
+                        "trainer.num_workers=3", f"runs_dir={tmp_path}"))  # fmt: skip
+    assert "answer:" in capsys.readouterr().out
+    assert len(DECODERS._idle) == 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -92,6 +93,48 @@ def server() -> Iterator[Server]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+ONLINE = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from tartvg.config import TrackingConfig, TrackingMode
+from helpers.tracking import tracker
+
+begun = time.monotonic()
+with tracker(Path(sys.argv[1]), TrackingConfig(mode=TrackingMode.online)) as t:
+    print(time.monotonic() - begun)
+    for step in range(3):
+        t.log({{"loss/total": 1.0 + step}}, step)
+"""
+
+
+@pytest.fixture
+def silent_address() -> Iterator[str]:
+    """Of a server that takes connections and never answers, as behind some firewalls."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_silent", [False, True], ids=["refused", "silent"])
+def test_online_with_a_key_and_no_network_leaves_a_run_to_sync(
+    tmp_path: Path, server: Server, silent_address: str, is_silent: bool
+) -> None:
+    folder = tmp_path / "runs" / "grpo1"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"HOME": str(tmp_path)}
+    env = clean | {"WANDB_BASE_URL": silent_address if is_silent else "http://127.0.0.1:9", "WANDB_API_KEY": KEY}
+    script = ONLINE.format(tests=str(Path(__file__).parents[1]))
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], env=env, capture_output=True, text=True,
+                          check=True, timeout=600)  # fmt: skip
+    assert done.stderr.count("goes on offline") == 1 and "off from here on" not in done.stderr
+    assert float(done.stdout) < 30 + 5, "half a minute, and what a busy machine takes"
+    (part,) = folder.glob("wandb/offline-run-*")
+    env = clean | {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": KEY}
+    subprocess.run([sys.executable, "-m", "wandb", "sync", str(part)], env=env, check=True, timeout=600)
+    arrived = [server.history[offset]["loss/total"] for offset in sorted(server.history)]
+    assert arrived == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.slow

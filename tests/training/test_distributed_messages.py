@@ -24,7 +24,7 @@ from tartvg.config import (
     TrainerConfig,
     Zero3Config,
 )
-from tartvg.launch.processes import needs_processes, run_processes
+from tartvg.launch.processes import LAUNCHED, is_started, needs_processes, run_processes
 from tartvg.launch.signals import SIGNALS
 from tartvg.policy.policy import Policy, TokenBatch
 from tartvg.prompts import build_prompt
@@ -69,7 +69,8 @@ def test_processes_share_the_queries_of_an_sft_step(tmp_path):
 
 
 def test_only_training_with_a_strategy_starts_processes(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
+    for name in LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
     sequence = StageConfig(StageName.pipeline, [StageName.filter, StageName.sft])
     assert needs_processes(Config(stage=sequence, trainer=TWO))
     assert not needs_processes(Config(stage=StageConfig(StageName.evaluate), trainer=TWO))
@@ -82,8 +83,10 @@ def test_only_training_with_a_strategy_starts_processes(monkeypatch):
     nodes = TrainerConfig(devices=2, num_nodes=2, strategy=Strategy.ddp)
     with pytest.raises(SettingError, match="torchrun"):
         needs_processes(Config(stage=sequence, trainer=nodes))
-    monkeypatch.setenv("RANK", "1")
-    assert not needs_processes(Config(stage=sequence, trainer=nodes))
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", "29500")):
+        assert not is_started()
+        monkeypatch.setenv(name, value)
+    assert is_started() and not needs_processes(Config(stage=sequence, trainer=nodes))
 
 
 def test_a_launcher_with_another_count_is_refused(monkeypatch):

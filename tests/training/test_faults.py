@@ -175,7 +175,7 @@ if __name__ == "__main__":
     config = Config()
     config.policy.name, config.dataset.name = "p", "planted"
     timer = PhaseTimer()
-    with StageFolder(Path(sys.argv[1]) / "stage", config, {}).work(), timer("decode"):
+    with StageFolder(Path(sys.argv[1]) / "stage", config, dict).work(), timer("decode"):
         done = [found for _, found in ahead([[0.3], [0.2]], tuple, nap, 1, 1)]
         try:
             decode_isolated(Path("nowhere.mp4"), FramesConfig(timeout_s=30.0))

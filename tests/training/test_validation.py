@@ -101,7 +101,7 @@ def test_the_best_state_is_the_result_and_evaluation_agrees(chosen, small, run_c
                 f"runs_dir={chosen.parent}",
                 "name=r")  # fmt: skip
     (scores,) = (chosen / "evaluate").glob("*/scores.json")
-    assert json.loads(scores.read_text())["miou"][0] == pytest.approx(best["miou"], abs=1e-9)
+    assert json.loads(scores.read_text())["miou"]["value"] == pytest.approx(best["miou"], abs=1e-9)
 
 
 @pytest.mark.slow

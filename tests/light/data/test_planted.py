@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,29 @@ def test_processes_that_draw_at_the_same_time_agree(tmp_path):
     assert all(p.returncode == 0 for p in running)
     assert [str(p) for p in tmp_path.iterdir()] == list(outputs)
     assert (Path(outputs.pop()) / "annotations.jsonl").is_file()
+
+
+def test_what_a_killed_drawing_leaves_is_removed_by_the_next_one(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from tartvg.config import PlantedConfig; "
+        "from tartvg.data.planted import planted_folder; "
+        "planted_folder(Path(sys.argv[1]), PlantedConfig(num_train=10_000), 'planted')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.DEVNULL)
+    try:
+        while not list(tmp_path.glob(".planted-*/*.mp4")):
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    (left,) = tmp_path.glob(".planted-*")
+    elsewhere = left.with_name(f".planted-0.node17.{process.pid}")  # its process may be alive there
+    alive = left.with_name(f".planted-0.{socket.gethostname()}.{os.getppid()}")
+    elsewhere.mkdir()
+    alive.mkdir()
+    made = planted_folder(tmp_path, PlantedConfig(1, 1, 1), "planted")
+    assert {*tmp_path.iterdir()} == {made, elsewhere, alive}
 
 
 def test_the_picture_shows_what_the_annotation_says(tmp_path):

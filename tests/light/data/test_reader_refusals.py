@@ -294,3 +294,18 @@ def test_our_own_records_are_compared_with_the_video(tmp_path: Path, said: str, 
     else:
         with pytest.raises(ValueError, match=r"line 1: video '.*', but test_0 is about x/a\.mp4"):
             read_predictions(path, [one])
+
+
+def test_what_a_file_is_like_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A stage reads its annotations several times: for its key, for its prompts, for each shard."""
+    rows = [{"video": "a.mp4", "query": "q", "window": window, "duration": 5} for window in ([0, 1], [2, 2])]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "val.jsonl").write_text(json.dumps(rows[0]))
+    settings = DatasetConfig(name=DatasetName.jsonl, root=str(tmp_path))
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            assert len(load_samples(settings, "train")) == 1
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "2 queries, 2 windows, 1 videos, 1 zero length, 1 ambiguous, 1 dropped windows, 1 dropped",
+        "1 training queries dropped",
+    ]

@@ -122,12 +122,12 @@ def test_timechat_on_its_500_queries_and_on_all(tmp_path: Path) -> None:
     assert main([*command, "--only-predicted"]) == 0
     card = json.loads((tmp_path / "out.json").read_text())["files"][0]["scorecard"]
     assert (card["num_queries"], card["num_unparsed"], card["num_missing"]) == (500, 280, 0)
-    assert [100 * card["recall"][t][0] for t in ("0.3", "0.5", "0.7")] == pytest.approx([9.0, 3.4, 1.4])
-    assert 100 * card["miou"][0] == pytest.approx(6.2998, abs=5e-5)
+    assert [100 * card["recall"][t]["value"] for t in ("0.3", "0.5", "0.7")] == pytest.approx([9.0, 3.4, 1.4])
+    assert 100 * card["miou"]["value"] == pytest.approx(6.2998, abs=5e-5)
     assert main(command) == 0
     card = json.loads((tmp_path / "out.json").read_text())["files"][0]["scorecard"]
     assert (card["num_queries"], card["num_unparsed"], card["num_missing"]) == (3720, 280, 3220)
-    assert 100 * card["miou"][0] == pytest.approx(6.2998 * 500 / 3720, abs=1e-4)
+    assert 100 * card["miou"]["value"] == pytest.approx(6.2998 * 500 / 3720, abs=1e-4)
 
 
 @needs_data
@@ -257,7 +257,7 @@ def test_the_command_on_our_own_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "4 queries about 4 videos" in shown and "unparsed 1, missing 1" in shown and "IoU >= t" in shown
     assert re.search(r"mIoU +37.50 ", shown) and re.search(r"R1@0.5 +50.00 ", shown)
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report["files"][0]["scorecard"]["recall"]["0.7"][0] == 0.25
+    assert report["files"][0]["scorecard"]["recall"]["0.7"]["value"] == 0.25
     assert len(report["annotations"][str(truth)]) == 64
     assert main([*command, "--strict"]) == 0
     assert re.search(r"R1@0.5 +25.00 ", capsys.readouterr().out)

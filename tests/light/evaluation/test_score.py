@@ -232,6 +232,19 @@ def test_a_scorecard_survives_json() -> None:
     assert scorecard_from_json(json.loads(json.dumps(to_json(card)))) == card
 
 
+def test_an_estimate_in_json_says_what_its_numbers_are() -> None:
+    card = score([sample("a"), sample("b")], [prediction("a", (0, 10))])
+    stored = json.loads(json.dumps(to_json(card)))
+    assert set(stored["miou"]) == set(stored["recall"]["0.5"]) == {"value", "low", "high"}
+    assert stored["miou"]["low"] <= stored["miou"]["value"] <= stored["miou"]["high"]
+    older = {
+        name: list(value.values()) if isinstance(value, dict) and "low" in value else value
+        for name, value in stored.items()
+    }
+    older["recall"] = {bound: list(value.values()) for bound, value in stored["recall"].items()}
+    assert scorecard_from_json(older) == scorecard_from_json(stored) == card
+
+
 def test_a_scorecard_on_disk_names_its_conventions() -> None:
     card = score([sample("a"), sample("b")], [prediction("a", (0, 10))], rule="union", strict=True)
     conventions = Conventions("union", is_strict=True, is_clipped=False)

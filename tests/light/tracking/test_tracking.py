@@ -5,15 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers.tracking import artifacts, group, lines, tracker, wandb_records
 
-from tartvg.config import TrackingConfig
+from tartvg.config import TrackingConfig, TrackingMode
+from tartvg.launch.terminal import warn_once
 from tartvg.tracking.summary import best_and_last
 from tartvg.tracking.tables import example_columns, example_rows
-from tartvg.tracking.tracker import MAX_ARTIFACT_NAME, Tracker, artifact_name, tags_of
+from tartvg.tracking.tracker import MAX_ARTIFACT_NAME, Tracker, artifact_name, heeding_environment, tags_of
 from tartvg.tracking.wandb_backend import scrub
 
 
@@ -280,6 +282,32 @@ def test_no_file_holds_the_key_or_the_home_folder(offline: Path) -> None:
         if path.suffix == ".wandb":
             assert b"home-of-somebody" not in content
     assert not list(offline.rglob("requirements.txt")) and not list(offline.rglob("wandb-metadata.json"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "value", "held", "said"),
+    [
+        ("offline", "WANDB_MODE", "disabled", "off", "W&B is off, although tracking.mode=offline"),
+        ("online", "WANDB_MODE", "offline", "offline", "W&B is offline, although tracking.mode=online"),
+        ("online", "WANDB_DISABLED", "true", "off", "W&B is off"),
+        ("offline", "WANDB_MODE", "online", "offline", "WANDB_MODE=online is not followed, as tracking.mode=offline"),
+        ("off", "WANDB_MODE", "offline", "off", "is not followed"),
+        ("offline", "WANDB_MODE", "sideways", "offline", "is not followed"),
+        ("offline", "WANDB_MODE", "offline", "offline", ""),
+        ("offline", "WANDB_MODE", "", "offline", ""),
+    ],
+)
+def test_the_environment_may_track_less_and_never_more(
+    mode: str, name: str, value: str, held: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv(name, value)
+    warn_once.cache_clear()
+    settings = TrackingConfig(mode=TrackingMode(mode))
+    for _ in range(2):
+        assert heeding_environment(settings).mode is TrackingMode(held)
+    shown = capsys.readouterr().err
+    assert said in shown and shown.count("\n") == bool(said)
 
 
 @pytest.mark.slow
