@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tartvg.config import SettingError, Strategy, TrainerConfig
+from tartvg.policy.torch_setup import refuse_missing_gpus
 from tartvg.records import to_json
 
 BROADCAST_TIMEOUT = timedelta(days=30)
@@ -66,7 +67,8 @@ def is_rank_zero() -> bool:
 def init(settings: TrainerConfig) -> None:
     """Join the process group. A strategy for several processes makes a group of one where no launcher is used.
 
-    Raises SettingError when the launcher started another number of processes than the settings say.
+    Raises SettingError when the launcher started another number of processes than the settings say, and where there
+    are fewer GPUs.
     """
     expected = settings.devices * settings.num_nodes
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -77,6 +79,7 @@ def init(settings: TrainerConfig) -> None:
         )
     if settings.strategy is Strategy.single:
         return
+    refuse_missing_gpus(settings)
     timeout = timedelta(minutes=settings.timeout_minutes)
     is_gpu = settings.accelerator == "gpu"
     backend = "nccl" if is_gpu else "gloo"
