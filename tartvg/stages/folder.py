@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,10 @@ from tartvg.training import distributed
 MANIFEST = "manifest.json"
 PATIENCE_S = 60.0
 """How long a process waits for others that fill the same folder to leave it."""
+COARSEST_CLOCK_S = 2.0
+"""How long two changes of a file may bear the same time: on FAT."""
+_hashes: dict[tuple[tuple[str, int, int], ...], str] = {}
+"""What `fingerprint` has found in this process, by path, size and time of change of all files."""
 LIBRARIES = ("torch", "transformers", "peft", "pytorch-lightning", "av")
 
 
@@ -41,9 +45,28 @@ def run_dir(config: Config) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """Hash of a file's content, or of all files below a folder."""
+    """Hash of a file's content, or of all files below a folder. Empty on ranks other than 0, which compare nothing.
+
+    A process hashes the same files once: the same by path, size and time of change. A file that has just changed is
+    not remembered, as it may change again within one tick of its file system's clock.
+    """
+    if not distributed.is_rank_zero():
+        return ""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    states = [(str(file), file.stat()) for file in files]
+    key = tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+    if key in _hashes:
+        return _hashes[key]
+    is_settled = all(state.st_mtime < time.time() - COARSEST_CLOCK_S for _, state in states)
+    value = _hash_of(files)
+    if is_settled:
+        _hashes[key] = value
+    return value
+
+
+def _hash_of(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    for file in files:
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
