@@ -205,12 +205,14 @@ class VideoFolder:
     """Names from an annotation file -> paths that stay inside one folder.
 
     Absolute names, `..`, control characters and symbolic links that lead outside are refused: a file from the internet
-    must not choose what is opened on this machine. The folder itself may be a link.
+    must not choose what is opened on this machine. The folder itself may be a link. In the Hub's cache every file is a
+    link from `snapshots/<commit>/` into `blobs/` of the same repository, and those are followed.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self.real = os.path.realpath(folder) if folder is not None and folder.is_dir() else None
+        real = os.path.realpath(folder) if folder is not None and folder.is_dir() else None
+        self.allowed = [] if real is None else [real, *_blobs_of(Path(real))]
         self._known: dict[str, Path] = {}
 
     def path(self, name: str, where: str) -> Path:
@@ -227,11 +229,17 @@ class VideoFolder:
         if self.folder is None:
             return Path(relative)
         path = self.folder / relative
-        if self.real is not None:
+        if self.allowed:
             real = os.path.realpath(path)
-            if os.path.commonpath([real, self.real]) != self.real:
+            if not any(os.path.commonpath([real, top]) == top for top in self.allowed):
                 raise ValueError(
-                    f"{where}: video {shorten(name)} is a link that leads out of {self.folder}; "
-                    "set dataset.videos to the folder that holds the files themselves"
+                    f"{where}: video {shorten(name)} is a link that leads out of {self.folder}; set dataset.videos to "
+                    "the folder that holds the files themselves (hf download: --local-dir FOLDER)"
                 )
         return path
+
+
+def _blobs_of(folder: Path) -> list[str]:
+    """Where the Hub's cache keeps the files that it links to from a folder of its snapshots; empty elsewhere."""
+    snapshots = next((p for p in folder.parents if p.name == "snapshots"), None)
+    return [] if snapshots is None else [str(p) for p in [snapshots.parent / "blobs"] if p.is_dir()]

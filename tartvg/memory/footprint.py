@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from tartvg.config import FramesConfig, PolicyConfig
 from tartvg.data.video import FACTOR, TEMPORAL_PATCH, target_size
 from tartvg.policy.kv_cache import SHARED_PREFIX_ATTENTION, DecodeCache, attending_by
-from tartvg.policy.loading import DTYPES, base_path, new_adapter
+from tartvg.policy.loading import DTYPES, base_path, new_adapter, read_config
+from tartvg.policy.model_files import check_small_files
 from tartvg.policy.policy import Policy, TokenBatch
 from tartvg.timing import PhaseTimer
 
@@ -180,13 +182,13 @@ class ShapePolicy(Policy):
 
 
 def model_config(settings: PolicyConfig) -> Qwen2_5_VLConfig:
-    """The shapes of the base: published ones, or those of its own folder. Raises ValueError."""
+    """The shapes of the base: published ones, or those of its own folder. Raises SettingError."""
     if settings.path in PUBLISHED:
         return Qwen2_5_VLConfig(**PUBLISHED[settings.path])
-    try:
-        return Qwen2_5_VLConfig.from_pretrained(base_path(settings))
-    except OSError as error:
-        raise ValueError(f"policy.path={settings.path}: {error}") from error
+    path, setting = base_path(settings), f"policy.path={settings.path}"
+    if Path(path).is_dir():
+        check_small_files(Path(path), setting)
+    return read_config(path, setting)
 
 
 def most_video_tokens(frames: FramesConfig) -> int:

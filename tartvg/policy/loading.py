@@ -2,30 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+import re
+import textwrap
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import peft
 import torch
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import is_flash_attn_2_available
 
-from tartvg.config import LoraConfig, PolicyConfig, Precision
+from tartvg.config import LoraConfig, PolicyConfig, Precision, SettingError
+from tartvg.launch.processes import is_follower
+from tartvg.policy.inputs import chat_text
+from tartvg.policy.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    CONFIG,
+    check_adapter_files,
+    check_model,
+    hub_folder,
+    read_header,
+)
 from tartvg.policy.window_attention import WINDOW_ATTENTION
 
 EMBEDDED_TINY = "embedded:tiny"
 ADAPTER = "default"
-ADAPTER_FILE = "adapter_model.safetensors"
-"""PEFT's name for an adapter's weights."""
 REFERENCE = "reference"
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 """Every linear layer of the language model; the vision tower stays as released."""
 TOWER_TARGETS = r".*visual\.blocks\..*\.(qkv|proj|gate_proj|up_proj|down_proj)"
 """Every linear layer of the tower's blocks, with `policy.lora.vision`."""
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+TOKEN_IDS = {
+    "<|vision_start|>": "vision_start_token_id",
+    "<|vision_end|>": "vision_end_token_id",
+    "<|image_pad|>": "image_token_id",
+    "<|video_pad|>": "video_token_id",
+}
+"""Special tokens, and what config.json calls their ids."""
+TURN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+"""What a chat is made of; the last two end an answer."""
+OLD_NAMES = (
+    (
+        re.compile(r"^base_model\.model\.model\.(?=(layers|embed_tokens|norm)\.)"),
+        "base_model.model.model.language_model.",
+    ),
+    (re.compile(r"^base_model\.model\.visual\."), "base_model.model.model.visual."),
+)
+"""How the weights of an adapter were called under transformers 4.51 and before, and what stands there today."""
 
 
 def embedded_path() -> Path:
@@ -38,25 +70,94 @@ def base_path(settings: PolicyConfig) -> str:
     if settings.path != EMBEDDED_TINY:
         return settings.path
     path = embedded_path()
-    if not (path / "config.json").is_file():
-        raise ValueError(
+    if not (path / CONFIG).is_file():
+        raise SettingError(
             f"policy.path={EMBEDDED_TINY}: {path} is missing; build it with `python -m experiments.tiny_base`"
         )
     return str(path)
 
 
+def base_folder(settings: PolicyConfig) -> Path:
+    """The folder of the base's files, fetched from the Hub where need be, and checked before any weight is read.
+
+    Raises SettingError for a base that cannot be used, as far as names, sizes and headers of files tell.
+    """
+    if settings.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise SettingError(
+            "policy.attention=flash_attention_2 needs a CUDA GPU and the package flash-attn (2.3.3 or later), and one "
+            "of them is not here: policy.attention=sdpa needs neither"
+        )
+    setting, folder = _named(settings), Path(base_path(settings))
+    if not folder.exists():
+        folder = hub_folder(settings.path, settings.revision, setting)
+    if not folder.is_dir():
+        raise SettingError(f"{setting} is a file: give the folder that holds the whole base")
+    check_model(folder, setting)
+    return folder
+
+
+def checked_base(settings: PolicyConfig) -> tuple[Path, Any]:
+    """The folder of the base and its tokenizer: all that can be checked in a second. Raises SettingError."""
+    folder, setting = base_folder(settings), _named(settings)
+    return folder, load_tokenizer(folder, read_config(folder, setting), setting)
+
+
+def _named(settings: PolicyConfig) -> str:
+    return f"policy.path={settings.path}"
+
+
+def _in_a_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), 300) or type(error).__name__
+
+
+def read_config(path: str | Path, setting: str) -> Qwen2_5_VLConfig:
+    """The shapes of a base in a folder or on the Hub. Raises SettingError."""
+    try:
+        return Qwen2_5_VLConfig.from_pretrained(str(path))
+    except Exception as error:  # whatever the library makes of values that a user's file holds
+        raise SettingError(f"{setting}: {CONFIG} cannot be used ({_in_a_line(error)})") from error
+
+
+def load_tokenizer(folder: Path, config: Qwen2_5_VLConfig, setting: str) -> Any:
+    """The tokenizer of a base, with a chat template and the special tokens of config.json. Raises SettingError."""
+    advice = "copy the tokenizer's files and chat_template.jinja of the released model there"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        fault = _fault_of(tokenizer, config)
+    except Exception as error:  # as above; jinja's too, where a template is wrong
+        raise SettingError(f"{setting}: the tokenizer cannot be used ({_in_a_line(error)}): {advice}") from error
+    if fault:
+        raise SettingError(f"{setting}: {fault}: {advice}")
+    return tokenizer
+
+
+def _fault_of(tokenizer: Any, config: Qwen2_5_VLConfig) -> str | None:
+    for token in (*TOKEN_IDS, *TURN_TOKENS):
+        found = tokenizer.convert_tokens_to_ids(token)
+        if found is None or tokenizer.convert_ids_to_tokens(found) != token:
+            return f"the tokenizer does not know {token}"
+        expected = getattr(config, TOKEN_IDS[token]) if token in TOKEN_IDS else found
+        if found != expected:
+            return f"{token} is {found} to the tokenizer and {expected} in {CONFIG} ({TOKEN_IDS[token]})"
+    size = config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        return f"the tokenizer has {len(tokenizer)} entries, {CONFIG} a vocab_size of {size}"
+    if not tokenizer.chat_template:
+        return "there is no chat template"
+    chat_text(tokenizer, "")  # raises where there is no place for a video
+    return None
+
+
 def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
     """The frozen base model in eval mode, and its tokenizer.
 
-    Raises ValueError when there are no readable safetensors, and when a weight is missing, unexpected, of another shape
-    or contradicts the tying of the head: the library would only warn and train on random numbers.
+    Raises SettingError for files that cannot be used (`checked_base`), and when a weight is missing, unexpected, of
+    another shape or contradicts the tying of the head: the library would only warn and train on random numbers.
     """
-    path = base_path(settings)
+    setting, (folder, tokenizer) = _named(settings), checked_base(settings)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=settings.revision, trust_remote_code=False)
         loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path,
-            revision=settings.revision or "main",
+            str(folder),
             dtype=DTYPES[settings.precision],
             attn_implementation=settings.attention,
             use_safetensors=True,
@@ -65,16 +166,14 @@ def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneratio
             trust_remote_code=False,  # unset, the library asks at the terminal
         )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"policy.path={settings.path}: {error}") from error
+        raise SettingError(f"{setting}: {_in_a_line(error)}") from error
     model, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         wrong = info.get(kind)
         if wrong:
-            raise ValueError(f"policy.path={settings.path}: {kind.replace('_', ' ')}: {sorted(map(str, wrong))[:5]}")
+            raise SettingError(f"{setting}: {kind.replace('_', ' ')}: {sorted(map(str, wrong))[:5]}")
     if model.config.tie_word_embeddings and model.lm_head.weight is not model.model.language_model.embed_tokens.weight:
-        raise ValueError(
-            f"policy.path={settings.path}: tie_word_embeddings is true, but lm_head.weight is not the embedding"
-        )
+        raise SettingError(f"{setting}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
     if settings.attention != "flash_attention_2":
         model.model.visual.config._attn_implementation = WINDOW_ATTENTION
     model.requires_grad_(False)
@@ -97,33 +196,100 @@ def new_adapter(model: Any, settings: LoraConfig, seed: int) -> peft.PeftModel:
 def load_adapter(model: Any, folder: Path, *, is_reference_kept: bool) -> peft.PeftModel:
     """An adapter from a run's folder, trainable; with `is_reference_kept` also a frozen copy named `reference`.
 
-    Raises ValueError for a folder without readable safetensors, and for those of another adapter.
+    Raises SettingError for a folder without a readable LoRA adapter, and for one of another base.
     """
-    file = folder / ADAPTER_FILE
-    if not file.is_file():
-        raise ValueError(f"{folder}: no {ADAPTER_FILE} there")
-    try:
-        with safe_open(file, framework="pt") as content:
-            names = set(content.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{file}: {error}") from error
-    wrapped = peft.PeftModel.from_pretrained(model, str(folder), adapter_name=ADAPTER, is_trainable=True)
-    refuse_other_weights(wrapped, names, str(file))
-    if is_reference_kept:
-        wrapped.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
-        wrapped.set_adapter(ADAPTER)
+    check_adapter_files(folder, str(folder))
+    with todays_form(folder) as form:
+        if form != folder and not is_follower():
+            print(f"{folder}: names of transformers 4.51 or earlier, read as model.language_model and model.visual")
+        wrapped = peft.PeftModel.from_pretrained(model, str(form), adapter_name=ADAPTER, is_trainable=True)
+        refuse_other_weights(wrapped, read_header(form / ADAPTER_FILE, str(folder)).keys(), str(folder / ADAPTER_FILE))
+        if is_reference_kept:
+            wrapped.load_adapter(str(form), adapter_name=REFERENCE, is_trainable=False)
+            wrapped.set_adapter(ADAPTER)
     return wrapped
 
 
+def todays_name(name: str) -> str:
+    """What transformers 4.52 and later call a weight of an adapter."""
+    for old, new in OLD_NAMES:
+        name = old.sub(new, name)
+    return name
+
+
+@contextmanager
+def todays_form(folder: Path) -> Iterator[Path]:
+    """The folder of an adapter; where its weights have old names, a copy that lasts as long as the block.
+
+    The layers of the copy are listed one by one: a pattern of old names may not fit the new ones.
+    """
+    header = read_header(folder / ADAPTER_FILE, str(folder))
+    if all(todays_name(name) == name for name in header):
+        yield folder
+        return
+    config = lora_config(folder)
+    modules = {todays_name(n).removeprefix("base_model.model.").partition(".lora_")[0] for n in header if ".lora_" in n}
+    config.target_modules, config.exclude_modules = sorted(modules), None
+    config.layers_to_transform = config.layers_pattern = None
+    with TemporaryDirectory() as place:
+        config.save_pretrained(place)
+        weights = load_file(folder / ADAPTER_FILE)
+        save_file({todays_name(name): weight for name, weight in weights.items()}, Path(place) / ADAPTER_FILE)
+        yield Path(place)
+
+
+def lora_config(folder: Path) -> peft.LoraConfig:
+    """The settings of an adapter. Raises SettingError."""
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # whatever the library makes of values that a user's file holds
+        raise SettingError(f"{folder}: {ADAPTER_CONFIG} cannot be used ({_in_a_line(error)})") from error
+    assert isinstance(config, peft.LoraConfig), "check_adapter_files lets no other kind pass"
+    return config
+
+
+def check_adapter(settings: PolicyConfig, folder: Path, setting: str) -> None:
+    """Refuse an adapter that cannot be used on the base, by names and shapes, before any weight is read.
+
+    The base is built without memory for its weights, and PEFT's adapter on it. `setting` begins the message and says
+    where the folder is. Raises SettingError.
+    """
+    check_adapter_files(folder, setting)
+    base = read_config(base_folder(settings), _named(settings))
+    with todays_form(folder) as form:
+        found = {name: entry["shape"] for name, entry in read_header(form / ADAPTER_FILE, setting).items()}
+        config = lora_config(form)
+    config.base_model_name_or_path = None  # of the machine that saved it; the library warns that it is another
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = peft.get_peft_model(Qwen2_5_VLForConditionalGeneration(base), config, adapter_name=ADAPTER)
+        weights = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    except Exception as error:  # PEFT's words for layers that this base does not have, and the like
+        raise SettingError(f"{setting}: {ADAPTER_CONFIG} does not fit {settings.path} ({_in_a_line(error)})") from error
+    expected = {name: list(weight.shape) for name, weight in weights.items()}
+    _refuse_names(expected.keys(), found.keys(), f"{setting}: {ADAPTER_FILE}")
+    for name, shape in found.items():
+        if shape != expected[name]:
+            raise SettingError(
+                f"{setting}: {ADAPTER_FILE}: {name} is {shape} instead of {expected[name]}: it belongs to another "
+                f"{ADAPTER_CONFIG}, or to another base than policy.path={settings.path}"
+            )
+
+
 def refuse_other_weights(model: peft.PeftModel, names: Set[str], where: str) -> None:
-    """Raise ValueError unless `names` are those of the trainable adapter's weights.
+    """Raise SettingError unless `names` are those of the trainable adapter's weights.
 
     The library passes over what has no place, and leaves what is missing as it was born.
     """
-    expected = set(get_peft_model_state_dict(model, adapter_name=ADAPTER))
-    for kind, wrong in (("missing", expected - names), ("unexpected", names - expected)):
+    _refuse_names(get_peft_model_state_dict(model, adapter_name=ADAPTER).keys(), names, where)
+
+
+def _refuse_names(expected: Set[str], found: Set[str], where: str) -> None:
+    for kind, wrong in (("missing", expected - found), ("unexpected", found - expected)):
         if wrong:
-            raise ValueError(f"{where}: {kind} weights: {sorted(wrong)[:3]}: it belongs to another model or is damaged")
+            raise SettingError(
+                f"{where}: {kind} weights: {sorted(wrong)[:3]}: it belongs to another model or is damaged"
+            )
 
 
 def save_adapter(model: peft.PeftModel, folder: Path, base: str, state: dict[str, torch.Tensor] | None = None) -> None:

@@ -13,7 +13,7 @@ from tartvg.data.clips import DECODERS, ClipReader
 from tartvg.data.datasets import load_samples
 from tartvg.launch.terminal import warn_once
 from tartvg.policy.features import FeatureCache
-from tartvg.policy.loading import ADAPTER_FILE, EMBEDDED_TINY, base_path
+from tartvg.policy.loading import EMBEDDED_TINY, check_adapter, checked_base
 from tartvg.policy.policy import Policy
 from tartvg.prompts import build_prompt
 from tartvg.records import read_jsonl, write_jsonl
@@ -89,25 +89,25 @@ def clip_reader(config: Config) -> ClipReader:
 
 
 def base_identity(config: Config) -> str:
-    """What tells one base model from another."""
+    """What tells one base model from another. Raises SettingError for files that cannot be used."""
     settings = config.policy
+    folder, _ = checked_base(settings)
     if settings.path == EMBEDDED_TINY or Path(settings.path).is_dir():
-        return fingerprint(Path(base_path(settings)))
+        return fingerprint(folder)
     return f"{settings.path}@{settings.revision}"
 
 
 def adapter_of(config: Config, target: str) -> Path | None:
-    """The adapter folder of `base` (None), of a stage of this run, or of a path. Raises SettingError."""
+    """The adapter folder of `base` (None), of a stage of this run, or of a path.
+
+    Raises SettingError for one that cannot be used on the base, before any weight is read.
+    """
     if target == BASE:
         return None
-    folder = run_dir(config) / target / "adapter" if target in ("grpo1", "sft", "grpo2") else Path(target)
-    if folder.is_file() or (folder / "adapter_model.bin").exists():
-        raise SettingError(
-            f"{target}: adapters are read from a folder with {ADAPTER_FILE}; other forms (.bin, .pt, .ckpt) "
-            "may hold pickled Python objects, which run code when they are read, and are refused"
-        )
-    if not (folder / ADAPTER_FILE).is_file():
-        raise SettingError(f"{target}: no adapter in {folder}; run that stage first, or give an adapter folder")
+    is_stage = target in ("grpo1", "sft", "grpo2")
+    folder = run_dir(config) / target / "adapter" if is_stage else Path(target)
+    setting = "init_adapter" if target == config.init_adapter else "evaluate.policies"
+    check_adapter(config.policy, folder, f"{target}: {folder}" if is_stage else f"{setting}={target}")
     return folder
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tartvg.config import Config, SettingError
 from tartvg.data.clips import decode_isolated
 from tartvg.data.packets import VideoError
-from tartvg.policy.loading import ADAPTER_FILE
+from tartvg.policy.model_files import ADAPTER_FILE
 from tartvg.policy.sampling import greedy
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.prompts import build_prompt

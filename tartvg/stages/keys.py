@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -22,6 +23,7 @@ from yaml import YAMLError
 from tartvg.config import Config
 from tartvg.config.fields import Effect, flattened
 from tartvg.records import to_json
+from tartvg.training import distributed
 from tartvg.types import GroundingSample
 
 BLOCK = 1 << 16
@@ -49,16 +51,39 @@ FORMER = {
 }  # fmt: skip
 """How manifests of 0.1 call what has the name of its setting today."""
 
+COARSEST_CLOCK_S = 2.0
+"""How long two changes of a file may bear the same time: on FAT."""
+_hashes: dict[tuple[tuple[str, int, int], ...], str] = {}
+"""What `fingerprint` has found in this process, by path, size and time of change of all files."""
+
 
 def fingerprint(path: Path) -> str:
-    """Hash of a file's content, or of all files below a folder; what is hidden there belongs to the tool that made it.
+    """Hash of a file's content, or of all files below a folder. Empty on ranks other than 0, which compare nothing.
 
-    A download leaves times and locks in hidden folders.
+    What is hidden belongs to the tool that made the folder: a download leaves times and locks there. A process hashes
+    the same files once: the same by path, size and time of change. A file that has just changed is not remembered, as
+    it may change again within one tick of its file system's clock.
     """
+    if not distributed.is_rank_zero():
+        return ""
+    files = [path]
+    if path.is_dir():
+        visible = (p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts))
+        files = sorted(p for p in visible if p.is_file())
+    states = [(str(file), file.stat()) for file in files]
+    key = tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+    if key in _hashes:
+        return _hashes[key]
+    is_settled = all(state.st_mtime < time.time() - COARSEST_CLOCK_S for _, state in states)
+    value = _hash_of(files)
+    if is_settled:
+        _hashes[key] = value
+    return value
+
+
+def _hash_of(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        if file != path and any(part.startswith(".") for part in file.relative_to(path).parts):
-            continue
+    for file in files:
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):

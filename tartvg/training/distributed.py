@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tartvg.config import LaunchError, Strategy, TrainerConfig
 from tartvg.launch.processes import is_started
+from tartvg.policy.torch_setup import refuse_missing_gpus
 from tartvg.records import to_json
 
 BROADCAST_TIMEOUT = timedelta(days=30)
@@ -67,7 +68,8 @@ def is_rank_zero() -> bool:
 def init(settings: TrainerConfig) -> None:
     """Join the process group. A strategy for several processes makes a group of one where no launcher is used.
 
-    Raises LaunchError when the launcher started another number of processes than the settings say.
+    Raises LaunchError when the launcher started another number of processes than the settings say, and SettingError
+    where there are fewer GPUs.
     """
     expected = settings.devices * settings.num_nodes
     started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -79,6 +81,7 @@ def init(settings: TrainerConfig) -> None:
         )
     if settings.strategy is Strategy.single:
         return
+    refuse_missing_gpus(settings)
     timeout = timedelta(minutes=settings.timeout_minutes)
     is_gpu = settings.accelerator == "gpu"
     backend = "nccl" if is_gpu else "gloo"

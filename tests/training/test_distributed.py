@@ -178,7 +178,7 @@ def test_no_process_copies_the_whole_base(tmp_path):
     tiny_of("large", tmp_path / "fp32")
     base = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "fp32", dtype=torch.bfloat16)
     base.save_pretrained(tmp_path / "base")
-    for file in (tmp_path / "fp32").glob("tok*"):
+    for file in [*(tmp_path / "fp32").glob("tok*"), tmp_path / "fp32/chat_template.jinja"]:
         shutil.copy(file, tmp_path / "base")
     size = sum(file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors"))
     said = tmp_path / "said"

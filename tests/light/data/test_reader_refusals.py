@@ -73,6 +73,22 @@ def test_links_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
         assert found.samples[0].video == folder / "fine.mp4"
 
 
+def test_links_inside_the_cache_of_the_hub_are_followed(tmp_path: Path) -> None:
+    """`hf download` without --local-dir leaves links in snapshots/<commit>/ to the repository's own blobs/."""
+    repository = tmp_path / "datasets--someone--clips"
+    videos = repository / "snapshots" / "0123abc" / "videos"
+    videos.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "blobs" / "5f4d").touch()
+    (tmp_path / "private.mp4").touch()
+    (videos / "a.mp4").symlink_to("../../../blobs/5f4d")
+    (videos / "out.mp4").symlink_to("../../../../private.mp4")
+    found = jsonl.read([own_row(tmp_path, video="a.mp4")], ReadOptions("test", videos))
+    assert found.samples[0].video == videos / "a.mp4"
+    with pytest.raises(ValueError, match=r"line 2: .* leads out of .*--local-dir"):
+        jsonl.read([own_row(tmp_path, video="out.mp4")], ReadOptions("test", videos))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
