@@ -192,7 +192,7 @@ def test_the_containers_that_are_read_are_demuxers_of_ffmpeg(tmp_path: Path) -> 
         pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         # MPEG-2 knows a few rates only
         path = write(tmp_path / f"a.{ending}", list(range(8)), base=Fraction(1, 25), codec=codec, pix_fmt=pix_fmt)
-        with open_video(path) as container:
+        with open_video(path) as (container, _):
             assert len(container.streams.video) == 1, ending
 
 
