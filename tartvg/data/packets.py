@@ -248,8 +248,9 @@ def _no_video(path: Path) -> str | None:
 
 def _refused_format(path: Path) -> str | None:
     """The demuxer that the list has kept from reading a file: only FFmpeg's log names it. None for another error."""
-    level = av.logging.get_level()
+    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # else nothing is logged of a second such file
     try:
         with av.logging.Capture() as messages:
             av.open(_name(path), options=_ALLOWED).close()
@@ -257,6 +258,7 @@ def _refused_format(path: Path) -> str | None:
         pass
     finally:
         av.logging.set_level(level)
+        av.logging.set_skip_repeated(skips)
     return next((name for _, name, text in messages if text.startswith("Format not on whitelist")), None)
 
 

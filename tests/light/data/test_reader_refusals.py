@@ -181,8 +181,9 @@ def test_a_text_that_names_another_file_opens_none(tmp_path: Path, text: str, na
     path = tmp_path / "list.mp4"
     path.write_text(text)
     level = av.logging.get_level()
-    with pytest.raises(VideoError, match=rf"list\.mp4: its container format is {name}, which is not read"):
-        read_clip(path, FRAMES)
+    for _ in range(2):
+        with pytest.raises(VideoError, match=rf"list\.mp4: its container format is {name}, which is not read"):
+            read_clip(path, FRAMES)
     assert av.logging.get_level() == level
 
 
