@@ -181,6 +181,9 @@ def test_a_recording_that_begins_inside_a_group_of_pictures_begins_at_its_key_fr
     path.write_bytes(data[len(data) // 10 // size * size :])  # behind the first key frame, before the second
     table = scan(path)
     assert table.head > 0 and table.is_key[0]
+    if shutil.which("ffprobe"):
+        packets = probed(path, "-select_streams", "V:0", "-show_entries", "packet=flags")["packets"]
+        assert ["K" in packet["flags"] for packet in packets].index(True) == table.head
     clip = read_clip(path, FRAMES)
     assert numbers_on(clip)[0] == 24 and clip.times[0] == 0.0
     assert [24 + round(t / base) for t in clip.times] == numbers_on(clip)
