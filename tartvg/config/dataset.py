@@ -24,6 +24,9 @@ class PlantedConfig(Settings, path="dataset.planted", effect=Effect.content):
     """Events of a video that are asked about."""
     seed: int = 0
     """Of the videos, not of the training."""
+    repeat_share: float = setting(0.0, at_least=0, at_most=1)
+    """Share of the events that happen two or three times, so that their queries have as many windows. 0 leaves the
+    data set as it is: in `planted_long` a twelfth of the queries has two."""
 
 
 @dataclass

@@ -58,7 +58,9 @@ class TrainerConfig(Settings, path="trainer"):
     num_threads: int = setting(2, at_least=1, effect=Effect.rounding)
     """CPU threads of torch; part of what makes a CPU run bit-reproducible."""
     num_workers: int = setting(0, at_least=0, effect=Effect.none)
-    """Processes that decode video ahead; 0 decodes each video when it is used, in one process."""
+    """Processes that decode video ahead; 0 decodes each video when it is used, in one process. Main memory holds the
+    clips of two batches (`grpo.prompts_per_step`, `evaluate.batch_size`), of small ones up to this many more clips;
+    one clip takes up to about 30 MB with the default `policy.frames`. A validation's come on top of the training's."""
     checkpoint_every: int = setting(5, at_least=1, effect=Effect.none)
     """Optimiser steps between checkpoints."""
     checkpoint_minutes: float = setting(30.0, above=0, effect=Effect.none)

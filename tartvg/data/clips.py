@@ -17,6 +17,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, astuple
@@ -104,18 +105,15 @@ class Decoder:
     def __init__(self) -> None:
         """Start the process without waiting for its imports."""
         self.connection, theirs = Pipe()
-        self.pixels = os.memfd_create("pixels")
+        self.pixels = _memory_file()
         self.is_ready = self.is_closed = False
-        root = str(Path(tartvg.__file__).parents[1])
-        known = os.environ.get("PYTHONPATH")
         handles = theirs.fileno(), self.pixels
         with _blocked_signals():
             self.process = subprocess.Popen(
-                # -P: nothing is imported from the current folder
                 [sys.executable, "-P", "-m", "tartvg.data.decoder_process", *map(str, handles)],
                 pass_fds=handles,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{known}" if known else root},
+                env=os.environ | {"PYTHONPATH": _python_path()},
             )
         theirs.close()  # else the end of the process would not close the connection
 
@@ -205,6 +203,21 @@ class Decoder:
     def is_usable(self) -> bool:
         """Whether the process lives and owes no reply."""
         return not self.is_closed and self.process.poll() is None
+
+
+def _memory_file() -> int:
+    """A handle of a file that no name leads to: in memory, or among the temporary ones where Linux is missing."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("pixels")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _python_path() -> str:
+    """PYTHONPATH for a decoder: with `-P`, nothing is imported from the current folder, which a relative entry is."""
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    root = str(Path(tartvg.__file__).absolute().parents[1])
+    return os.pathsep.join([root, *(entry for entry in known if Path(entry).is_absolute())])
 
 
 def _facts(reply: dict[str, Any]) -> VideoFacts:

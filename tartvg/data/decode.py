@@ -10,14 +10,18 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from av.container import InputContainer
 from av.error import FFmpegError
+from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 
 from tartvg.data.packets import PacketTable, VideoError, open_video
 
@@ -99,7 +103,7 @@ def pictures(
     that nobody can decode. Raises VideoError when there is none, and after any decoding error behind the first
     frame: a damaged picture must not be learned from.
     """
-    unique = sorted(set(wanted))
+    unique = sorted({table.source(stamp) for stamp in wanted})
     found: dict[int, Picture] = {}
     if table.has_times and len(set(table.stamps)) == len(table.stamps):
         try:
@@ -109,7 +113,26 @@ def pictures(
     if not found:
         painter.size = None
         found = _plain(path, table, unique, tolerance, painter, deadline)
-    return [found[stamp] for stamp in wanted]
+    return [_repeated(found[table.source(stamp)], table, stamp) for stamp in wanted]
+
+
+def _repeated(picture: Picture, table: PacketTable, stamp: int) -> Picture:
+    """The picture at a packet that shows it once more; itself at its own packet."""
+    source = table.source(stamp)
+    return picture if source == stamp else (picture[0] + table.seconds(stamp) - table.seconds(source), picture[1])
+
+
+def _packets(
+    path: Path, container: InputContainer, stream: VideoStream, table: PacketTable, deadline: float
+) -> Iterator[Packet]:
+    """The packets that a decoder is given: without the table's head, and without those of 0 bytes."""
+    for number, packet in enumerate(container.demux(stream)):
+        if time.monotonic() > deadline:
+            raise VideoError(f"{path}: decoding took too long")
+        is_early = table.begin is not None and packet.pts is not None and packet.pts < table.begin
+        # An empty packet means the end to a decoder.
+        if packet.size and number >= table.head and not is_early:
+            yield packet
 
 
 # -- the quick way -----------------------------------------------------------------------------------------------------
@@ -155,15 +178,11 @@ def _quick(
 def _quick_frames(path: Path, table: PacketTable, chosen: set[int], deadline: float) -> Iterator[VideoFrame]:
     needed = needed_packets(table, chosen)
     place = {stamp: number for number, stamp in enumerate(table.stamps)}
-    with open_video(path) as container:
-        stream = container.streams.video[0]
+    with open_video(path) as (container, stream):
         context = _configured(stream.codec_context)
         can_skip = context.name in SKIPPABLE
         is_leaping, target, floor = False, 0, min(table.stamps)
-        for packet in container.demux(stream):
-            _check(path, deadline)
-            if not packet.size:
-                break
+        for packet in _packets(path, container, stream, table, deadline):
             if packet.pts not in place:
                 raise _NotAsPromised
             number = place[packet.pts]
@@ -208,7 +227,7 @@ def _by_time(
 ) -> dict[int, Picture]:
     found: dict[int, Picture] = {}
     last: tuple[int, VideoFrame] | None = None
-    for frame in _all_frames(path, deadline):
+    for frame in _all_frames(path, table, deadline):
         if frame.pts is None or (last is not None and frame.pts <= last[0]):
             raise _NotAsPromised  # the container guessed its times
         last = frame.pts, frame
@@ -244,27 +263,25 @@ def _by_count(
 ) -> dict[int, Picture]:
     """The n-th frame that comes out is the n-th that is shown, which only holds if all of them come out."""
     chosen, found, count = set(wanted), {}, 0
-    for count, frame in enumerate(_all_frames(path, deadline), start=1):
-        if count > len(table.shown):
+    for count, frame in enumerate(_all_frames(path, table, deadline), start=1):
+        if count > len(table.drawn):
             break
-        stamp = table.shown[count - 1]
+        stamp = table.drawn[count - 1]
         if stamp in chosen:
             found[stamp] = (table.seconds(stamp), painter.paint(frame))
-    if count != len(table.shown):
-        raise VideoError(f"{path}: {count} frames came out of {len(table.shown)} packets, which carry no times")
+    if count != len(table.drawn):
+        raise VideoError(f"{path}: {count} frames came out of {len(table.drawn)} packets, which carry no times")
     return found
 
 
-def _all_frames(path: Path, deadline: float) -> Iterator[VideoFrame]:
+def _all_frames(path: Path, table: PacketTable, deadline: float) -> Iterator[VideoFrame]:
     """Every frame that can be decoded. Raises VideoError for the first error behind the first frame."""
     has_begun = False
-    with open_video(path) as container:
-        stream = container.streams.video[0]
+    with open_video(path) as (container, stream):
         context = _configured(stream.codec_context)
-        for packet in container.demux(stream):
-            _check(path, deadline)
+        for packet in chain(_packets(path, container, stream, table, deadline), [None]):
             try:
-                frames = context.decode(packet if packet.size else None)
+                frames = context.decode(packet)
             except FFmpegError as error:
                 if has_begun:
                     raise VideoError(f"{path}: damaged: {error}") from error
@@ -281,8 +298,3 @@ def _configured(context: VideoCodecContext) -> VideoCodecContext:
     context.thread_count = 0 if is_large else 1
     context.options = {"err_detect": "explode"}  # else damaged blocks are painted over, and nobody is told
     return context
-
-
-def _check(path: Path, deadline: float) -> None:
-    if time.monotonic() > deadline:
-        raise VideoError(f"{path}: decoding took too long")

@@ -1,6 +1,7 @@
 """The process that decodes for another one: `python -P -m tartvg.data.decoder_process CONNECTION PIXELS`.
 
-Started by `tartvg.data.clips`, with two file handles: a connection, and a file in memory for the pixels of one clip.
+Started by `tartvg.data.clips`, with two file handles: a connection, and a file in memory for the pixels of one clip
+(a temporary one where the system has no such thing).
 
 Video files come from the internet, and decoders are C code: here one may crash or hang without taking the training
 along. Requests and replies are JSON and raw pixels, never pickles, so that a decoder that was taken over by its file

@@ -19,20 +19,22 @@ from tartvg.data.video import read_clip
 
 
 class VideoFault(str, Enum):
-    """What is wrong with a video, the gravest first. All but the last make its queries unusable or wrong."""
+    """What is wrong with a video, the gravest first. All but the last two make its queries unusable or wrong."""
 
     MISSING = "missing"
     UNREADABLE = "unreadable"
     NO_VIDEO_STREAM = "no_video_stream"
     DURATION_DISAGREES = "duration_disagrees"
     """The file is shorter or longer than its annotation says: another cut, another encoding or another video."""
+    SEVERAL_STREAMS = "several_video_streams"
+    """Other cameras or sizes; covers do not count. Training reads the default one."""
     VARIABLE_FRAME_RATE = "variable_frame_rate"
     """Harmless here, since times come from the frames; code that divides indices by a frame rate is wrong on it."""
 
     @property
     def is_error(self) -> bool:
         """False for a mere warning."""
-        return self is not VideoFault.VARIABLE_FRAME_RATE
+        return self not in (VideoFault.SEVERAL_STREAMS, VideoFault.VARIABLE_FRAME_RATE)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,9 @@ def examine(path: Path, frames: FramesConfig, annotated: float) -> VideoFacts:
     if abs(clip.duration - annotated) > max(1.0, 0.02 * annotated):
         faults.append(VideoFault.DURATION_DISAGREES)
         details.append(f"{path}: lasts {clip.duration:.2f} s, annotated as {annotated:.2f} s")
+    if table.num_streams > 1:
+        faults.append(VideoFault.SEVERAL_STREAMS)
+        details.append(f"{path}: {table.num_streams} video streams, of which the default one is read")
     if table.is_variable:
         faults.append(VideoFault.VARIABLE_FRAME_RATE)
         details.append(f"{path}: variable frame rate")

@@ -62,7 +62,7 @@ def _samples(scene: Scene, video: Path, split: str, queries: int) -> list[Ground
 def scene_of(settings: PlantedConfig, split: str, index: int, name: str) -> Scene:
     """The scene behind `<split>_<index>.mp4` of the data set `name`. No two splits share a seed."""
     offset = {"train": 0, "val": 1, "test": 2}[split]
-    return make_scene((settings.seed * 3 + offset) * 1_000_000 + index, RULES[name])
+    return make_scene((settings.seed * 3 + offset) * 1_000_000 + index, RULES[name], settings.repeat_share)
 
 
 def _draw_all(folder: Path, settings: PlantedConfig, name: str) -> None:
@@ -85,7 +85,8 @@ def planted_folder(root: Path, settings: PlantedConfig, name: str) -> Path:
     `name` is one of `tartvg.data.scene.RULES`.
     """
     rules = RULES[name]
-    key = json.dumps([VERSION, vars(settings), vars(rules), SIZE, FPS], sort_keys=True)
+    asked = {name: value for name, value in vars(settings).items() if name != "repeat_share" or value}
+    key = json.dumps([VERSION, asked, vars(rules), SIZE, FPS], sort_keys=True)
     final = root / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if (final / "annotations.jsonl").is_file():
         return final

@@ -138,8 +138,23 @@ def _event(rng: np.random.Generator, rules: SceneRules, duration: float, kind: t
     )
 
 
-def make_scene(seed: int, rules: SceneRules) -> Scene:
-    """The scene of a seed: shapes that differ from one another in colour or form, each with one event."""
+def _repeated(rng: np.random.Generator, rules: SceneRules, duration: float, event: Event) -> Event:
+    """The event's shape, coming and going two or three times: in each half or third of the scene once."""
+    count = int(rng.integers(2, 4 if duration >= 12 else 3))
+    part = (duration - 1.0) / count
+    starts = [np.ceil(2 * (0.5 + number * part)) / 2 for number in range(count)]
+    windows = tuple(
+        _window(rng, start, start + np.floor(2 * (part - 1.0)) / 2, rules.min_window, rules.max_window)
+        for start in map(float, starts)
+    )
+    return replace(event, action="appears", windows=windows, visible=windows)
+
+
+def make_scene(seed: int, rules: SceneRules, repeat_share: float = 0.0) -> Scene:
+    """The scene of a seed: shapes that differ from one another in colour or form, each with one event.
+
+    `repeat_share` of the events happen several times; 0 leaves that to the rules.
+    """
     rng = np.random.default_rng(seed)
     duration = float(rng.integers(rules.min_duration, rules.max_duration + 1))
     combinations = [(c, s) for c in COLOURS for s in SHAPES if rules.is_unseen_allowed or (c, s) not in UNSEEN]
@@ -155,6 +170,9 @@ def make_scene(seed: int, rules: SceneRules) -> Scene:
         else e
         for e in events
     )
+    if repeat_share:
+        more = np.random.default_rng([seed, 3])  # of its own: the rest of the scene stays as it is
+        safe = tuple(_repeated(more, rules, duration, e) if more.random() < repeat_share else e for e in safe)
     return Scene(seed, duration, safe)
 
 

@@ -2,7 +2,9 @@
 
 import sys
 
-from tartvg.evaluation.cli import main
-
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        del sys.path[0]  # the current folder, where a json.py is somebody's own and not Python's
+    from tartvg.evaluation.cli import main
+
     sys.exit(main())

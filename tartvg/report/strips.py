@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import av
 import numpy as np
+from av.error import FFmpegError
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from tartvg.data.packets import open_video
+from tartvg.data.decode import Painter, pictures
+from tartvg.data.packets import scan
 from tartvg.types import Span
 
 # Okabe and Ito's palette; each lane is named as well, so colour is never the only sign.
@@ -42,33 +44,19 @@ def frame_times(duration: float, num: int = NUM_FRAMES) -> list[float]:
 
 
 def thumbnails(video: Path, times: Sequence[float], height: int = 96) -> list[Image.Image]:
-    """RGB frames at `times` (seconds from the video's first frame), `height` pixels high, shape kept.
+    """RGB frames at `times` (seconds from the video's first frame, ascending), `height` pixels high, shape kept.
 
-    Past the end the last frame is repeated. Raises ValueError, naming the file, if it has no readable frames.
+    They are upright. Past the end the last one is repeated. Raises ValueError, naming the file, if none can be read.
     """
-    images: list[Image.Image] = []
     try:
-        with open_video(video) as container:
-            stream = container.streams.video[0]
-            begin = float((stream.start_time or 0) * (stream.time_base or 0))
-            for time in times:
-                # Seeking goes to the key frame before the time; decode from there to the frame itself.
-                container.seek(int((begin + time) * 1_000_000))
-                found = None
-                for frame in container.decode(stream):
-                    found = frame
-                    if frame.time is not None and frame.time - begin >= time - 1e-6:
-                        break
-                if found is not None:
-                    width = max(1, round(found.width * height / found.height))
-                    images.append(found.to_image(width=width, height=height))
-                elif images:
-                    images.append(images[-1])
-    except (av.FFmpegError, OSError, IndexError) as error:
+        table = scan(video)
+        begun = [table.seconds(stamp) for stamp in table.shown]
+        wanted = [table.shown[min(bisect_left(begun, time - 1e-6), len(begun) - 1)] for time in times]
+        painter = Painter(lambda tall, wide: (height, max(1, round(wide * height / tall))))
+        found = pictures(video, table, wanted, table.duration, painter, float("inf"))
+    except (FFmpegError, OSError, ArithmeticError) as error:
         raise ValueError(f"{video} could not be read as a video ({error})") from error
-    if len(images) != len(times):
-        raise ValueError(f"{video} has no readable frames")
-    return images
+    return [Image.fromarray(image) for _, image in found]
 
 
 def contact_row(video: Path, duration: float, num: int = NUM_FRAMES, height: int = 96) -> bytes:

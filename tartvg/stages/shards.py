@@ -51,7 +51,8 @@ def helpers(work: Work, config: Config, target: str, folder: Path) -> Iterator[N
     try:
         for shard in range(1, config.evaluate.num_shards):
             processes.append(context.Process(target=work, args=(config, target, folder, shard, os.getpid())))
-            processes[-1].start()
+            with _safe_path():
+                processes[-1].start()
         yield
         for shard, process in enumerate(processes, start=1):
             process.join()
@@ -61,3 +62,16 @@ def helpers(work: Work, config: Config, target: str, folder: Path) -> Iterator[N
         for process in processes:
             process.kill()
             process.join()
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Start interpreters that import nothing from the current folder, as a spawned one does before it has its work."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONSAFEPATH"]
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before

@@ -25,8 +25,10 @@ def clips_ahead(
 ) -> Iterator[tuple[T, Clips]]:
     """Yield each batch with its clips, in order, while `num_workers` decoders work on the next ones; 0: no clips.
 
-    In main memory are the clips of the batch that is used and of the next one; of smaller batches up to `num_workers`
-    more clips. The policy's answers do not depend on `num_workers`.
+    In main memory are the clips of the batch that is used and of the next one; of smaller batches `num_workers` more
+    clips, and what completes the last of their batches. A clip takes 3 bytes a pixel: by `FramesConfig` about
+    6 `total_pixels` at most, or 3.15 `max_frames` x `min_pixels` if that is more. The policy's answers do not depend
+    on `num_workers`.
     """
 
     def unknown(batch: T) -> list[Path]:

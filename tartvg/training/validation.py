@@ -70,6 +70,7 @@ class Validation:
         with policy.timer.booked_as("monitor"):
             for prompts, clips in clips_ahead(batches, videos_of, policy, self.questions.num_workers):
                 prepared = decodable(policy, prompts, "validation", clips)
+                clips.clear()  # pixels, of which nothing is needed any more
                 said = greedy_answers(policy, prepared, self.questions.limits)
                 answers += [prediction(p.prompt.sample, c, 0) for p, c in zip(prepared, said, strict=True)]
         return answers

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,32 @@ def test_who_stops_early_leaves_no_thread_and_begins_nothing_more():
         break
     wait_until(lambda: threading.active_count() <= before)
     assert len(begun) <= 3
+
+
+class CountingReader(ClipReader):
+    """Remembers its clips without keeping them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clips: list[weakref.ref] = []
+
+    def read(self, path, settings):
+        clip = super().read(path, settings)
+        self.clips.append(weakref.ref(clip))
+        return clip
+
+
+@pytest.mark.parametrize(("per_step", "workers", "most"), [(1, 1, 2), (1, 3, 4), (2, 1, 4), (2, 3, 6)])
+def test_clips_of_two_batches_or_a_few_more_lie_in_memory(policy, prompts, per_step, workers, most):
+    """As the settings say: a batch and the next one, or `num_workers` more and what completes their last batch."""
+    policy.clips = CountingReader()
+    lying = []
+    for batch in StepLoader(StepDataset(prompts, per_step, 0, 0, 8), policy, workers):
+        due = min(8 * per_step, batch.step * per_step + most)
+        wait_until(lambda due=due: len(policy.clips.clips) == due and not DECODERS._busy)
+        lying.append(sum(clip() is not None for clip in policy.clips.clips))
+    assert max(lying) == most and lying[-1] == per_step
+    assert all(clip() is None for clip in policy.clips.clips)
 
 
 # -- decoders that fail ----------------------------------------------------------------------------------------------

@@ -109,6 +109,7 @@ def test_a_folder_with_faults(tmp_path: Path, workers: int, capsys: pytest.Captu
         "unreadable": 1,
         "no_video_stream": 0,
         "duration_disagrees": 1,
+        "several_video_streams": 0,
         "variable_frame_rate": 0,
     }
     assert report["affected_queries"]["missing"] == 2

@@ -133,13 +133,30 @@ def test_the_list_is_shared_kept_and_forgets_replaced_files(usual: Path, tmp_pat
 # -- what else it must not do ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("python_path", [None, "", ".", f"{os.pathsep}/nowhere{os.pathsep}"])
 def test_nothing_is_imported_from_the_current_folder(
-    usual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    usual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, python_path: str | None
 ) -> None:
-    for name in ("statistics.py", "json.py"):
+    """An empty entry of PYTHONPATH, as `$PYTHONPATH:/more` leaves one, means the current folder, too."""
+    if python_path is None:
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONPATH", python_path)
+    for name in ("statistics.py", "json.py", "av.py"):
         (tmp_path / name).write_text("raise SystemExit('imported from the current folder')")
     monkeypatch.chdir(tmp_path)
     assert numbers_on(decode_isolated(usual, FRAMES)) == list(range(0, 48, 4))
+
+
+def test_without_files_in_memory_the_pixels_go_through_a_temporary_one(
+    usual: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS."""
+    known = decode_isolated(usual, FRAMES)
+    DECODERS.stop()
+    monkeypatch.delattr(os, "memfd_create")
+    for _ in range(2):
+        assert np.array_equal(decode_isolated(usual, FRAMES).frames, known.frames)
 
 
 REPLYING = """
@@ -200,12 +217,16 @@ def test_examined_in_a_process_a_file_has_the_same_facts(dying, usual: Path, tmp
     assert examine_isolated(usual, FRAMES, 9.0).faults == (VideoFault.DURATION_DISAGREES,)
 
 
-def test_a_name_that_looks_like_an_address_is_a_name(usual: Path, tmp_path: Path) -> None:
-    """FFmpeg reads what stands before a colon as a protocol."""
+def test_a_name_that_looks_like_an_address_is_a_name(
+    usual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a folder in front, and without one, where FFmpeg takes what stands before a colon for a protocol."""
     odd = tmp_path / "2024-01-01T10:00:00.mp4"
     odd.write_bytes(usual.read_bytes())
-    assert numbers_on(decode_isolated(odd, FRAMES)) == list(range(0, 48, 4))
-    assert not examine_isolated(odd, FRAMES, 6.0).faults
+    monkeypatch.chdir(tmp_path)
+    for path in (odd, Path(odd.name)):
+        assert numbers_on(decode_isolated(path, FRAMES)) == list(range(0, 48, 4))
+        assert not examine_isolated(path, FRAMES, 6.0).faults
 
 
 def test_a_forked_child_has_decoders_of_its_own(usual: Path) -> None:

@@ -6,9 +6,11 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from experiments.tiny_base import lessons
 from tartvg.config import FramesConfig, PlantedConfig
@@ -101,6 +103,48 @@ def test_the_picture_shows_what_the_annotation_says(tmp_path):
             assert close[inside].min() > 100 > close[~inside].max()
             checked += 1
     assert checked >= 3
+
+
+@pytest.mark.parametrize("name", ["planted", "planted_long"])
+def test_repeated_events_have_several_windows_and_change_nothing_else(name):
+    counts = set()
+    for seed in range(100):
+        before, scene = make_scene(seed, RULES[name]), make_scene(seed, RULES[name], 1.0)
+        assert [(e.colour, e.shape, e.x, e.y) for e in scene.events] == [
+            (e.colour, e.shape, e.x, e.y) for e in before.events
+        ]
+        for event in scene.events:
+            counts.add(len(event.windows))
+            times = [time for window in event.windows for time in (window.start, window.end)]
+            assert times == sorted(set(times)) and times[0] >= 0.5 and times[-1] <= scene.duration - 0.5
+            assert all((2 * time).is_integer() for time in times) and event.visible == event.windows
+    assert counts == {2, 3}
+    shares = [len(e.windows) > 1 for seed in range(200) for e in make_scene(seed, RULES["planted"], 0.25).events]
+    assert 0.2 < np.mean(shares) < 0.3
+
+
+def test_repeated_events_are_seen_in_each_of_their_windows():
+    checked = 0
+    for seed in range(4):
+        scene = make_scene(seed, RULES["planted"], 1.0)
+        alone = [e for e in scene.events if [o.colour for o in scene.events].count(e.colour) == 1]
+        frames = np.stack(list(draw(scene))).astype(int) if alone else np.empty(0)
+        for event in alone:
+            close = (np.abs(frames - COLOURS[event.colour]).max(axis=-1) < 40).sum(axis=(1, 2))
+            times = np.arange(len(frames)) / 8
+            inside = np.any([(times >= w.start) & (times < w.end) for w in event.windows], axis=0)
+            assert close[~inside].max() < 100 < close[inside].min(), (seed, event.query)
+            checked += 1
+    assert checked >= 4
+
+
+def test_the_share_of_repeated_events_enters_the_name_only_where_it_is_set(tmp_path):
+    """A data set that was drawn before there was such a setting is found."""
+    one = PlantedConfig(1, 1, 1, 1)
+    assert planted_folder(tmp_path, one, "planted").name == "planted-c86634f89da0"
+    repeated = replace(one, repeat_share=1.0)
+    assert {len(s.windows) for s in load_planted(tmp_path, repeated, "test", "planted")} <= {2, 3}
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_rules_hold():

@@ -197,8 +197,9 @@ def test_a_text_that_names_another_file_opens_none(tmp_path: Path, text: str, na
     path = tmp_path / "list.mp4"
     path.write_text(text)
     level = av.logging.get_level()
-    with pytest.raises(VideoError, match=rf"list\.mp4: its container format is {name}, which is not read"):
-        read_clip(path, FRAMES)
+    for _ in range(2):
+        with pytest.raises(VideoError, match=rf"list\.mp4: its container format is {name}, which is not read"):
+            read_clip(path, FRAMES)
     assert av.logging.get_level() == level
 
 
@@ -208,7 +209,7 @@ def test_the_containers_that_are_read_are_demuxers_of_ffmpeg(tmp_path: Path) -> 
         pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
         # MPEG-2 knows a few rates only
         path = write(tmp_path / f"a.{ending}", list(range(8)), base=Fraction(1, 25), codec=codec, pix_fmt=pix_fmt)
-        with open_video(path) as container:
+        with open_video(path) as (container, _):
             assert len(container.streams.video) == 1, ending
 
 
