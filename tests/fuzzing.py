@@ -24,6 +24,7 @@ from tartvg.data.annotations import ReadOptions
 from tartvg.data.datasets import SOURCES
 from tartvg.data.parsing import MAX_SECONDS, MAX_TEXT_CHARS
 from tartvg.evaluation.formats import read_predictions
+from tartvg.evaluation.readings import READINGS
 from tartvg.response import parse_response
 from tartvg.rewards import Rubric
 from tartvg.types import GroundingSample, Span
@@ -206,6 +207,11 @@ def prediction_file(rng, samples):
         rows.append(rng.choice([
             {"sample_id": sample.sample_id, "output_text": rng.choice([valid, mutated, soup])(rng)},
             {"qid": i, "query": sample.query, "pred_relevant_windows": [[1.0, 2.0, 0.5]]},
+            {"videos": ["v.mp4"], "messages": [{"role": "user", "content": "q?"}], "response": "1 to 2"},
+            {"doc_id": i, "target": "[1, 2]", "filtered_resps": ["1 - 2"], "input": "q?"},
+            {"prompt": "q?", "predict": "from 1 to 2", "label": ""},
+            {f"v.mp4>>>q{i}>>>[1, 2]": {"timestamps": [[1, 2]], "answers": "1 - 2"}},
+            {"qid": f"activitynet_{i}", "target": [1, 2], "duration": 9.0, "output_text": "1 to 2"},
             {"sample_id": sample.sample_id, "sample_index": 0, "query": sample.query, "video": "v.mp4",
              "windows": [[1, 2]], "duration": 9.0, "text": "", "anchors": [[1, 2]], "answer": [1, 2], "faults": [],
              "is_finished": True, "seconds": 0.1},
@@ -242,7 +248,7 @@ def read_once(rng, folder):
     start = time.process_time()
     try:
         if name is None:
-            read_predictions(paths[0], samples)
+            read_predictions(paths[0], samples, rng.choice([None, *READINGS]))
         else:
             check_samples(SOURCES[name].read(paths, options), folder / "videos")
     except ValueError as error:

@@ -15,13 +15,12 @@ from typing import cast
 
 from tartvg.config import DatasetConfig, DatasetName
 from tartvg.data import activitynet, charades_sta, jsonl, qvhighlights, tacos, tvgbench
-from tartvg.data.annotations import Annotations, LateWindows, ReadOptions, ReversedWindows
+from tartvg.data.annotations import SPLITS, Annotations, LateWindows, ReadOptions, ReversedWindows
 from tartvg.data.splits import carve
 from tartvg.types import GroundingSample
 
 Reader = Callable[[Sequence[Path], ReadOptions], Annotations]
 Files = tuple[tuple[str, ...], ...]
-SPLITS = ("train", "val", "test")
 _LOG = logging.getLogger(__name__)
 
 

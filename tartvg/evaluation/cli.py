@@ -1,8 +1,8 @@
 """The scorer that stands alone: `python -m tartvg.evaluation --dataset NAME --annotations FILE --predictions FILE`.
 
-It scores files of any model (formats: `tartvg.evaluation.formats`; conventions: `tartvg.evaluation.score`). What moves
-the numbers is printed above them: the denominator, the rule for several windows, the comparison with the threshold and
-whether windows that end after the video were cut.
+It scores files of any model (formats: `tartvg.evaluation.formats`; readings: `tartvg.evaluation.readings`). What moves
+the numbers is printed above them: the denominator, the reading, the rule for several windows, the comparison with the
+threshold and whether windows that end after the video were cut.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tartvg.config import DatasetName
-from tartvg.data.annotations import Annotations
-from tartvg.data.datasets import SPLITS, read_files
-from tartvg.evaluation.detection import DetectionScores, mean_average_precision
+from tartvg.data.annotations import SPLITS, Annotations
+from tartvg.data.datasets import read_files
+from tartvg.data.parsing import shorten
+from tartvg.evaluation.detection import mean_average_precision
 from tartvg.evaluation.formats import Predictions, read_predictions
-from tartvg.evaluation.lengths import LengthScores, scores_by_length
+from tartvg.evaluation.lengths import scores_by_length
+from tartvg.evaluation.readings import READINGS, best_reading
+from tartvg.evaluation.report import Comparison, FileScores, Report, render
 from tartvg.evaluation.score import ALL_THRESHOLDS, RULES, Rule, paired_p_value, score
 from tartvg.records import dumps, write_atomic
-from tartvg.types import Estimate, GroundingSample, Prediction, Scorecard
+from tartvg.types import GroundingSample, Prediction
+
+MAX_UNREAD = 0.1
+"""Share of the texts: what more than this means is most likely another wording."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Options:
     predictions: tuple[Path, ...]
     """One file, or two to compare."""
     split: str
+    reading: str | None
+    """A key of `READINGS` for all texts; None: answers as stored, other texts strictly."""
     rule: Rule
     is_strict: bool
     is_clipped: bool
@@ -50,46 +57,6 @@ class Options:
                 raise ValueError(f"--{name} must be >= 0, got {getattr(self, name)}")
         if self.json is not None:
             _check_place(self.json)
-
-
-@dataclass(frozen=True)
-class FileScores:
-    """Everything about one prediction file."""
-
-    path: str
-    sha256: str
-    format: str
-    scorecard: Scorecard
-    detection: DetectionScores | None = None
-    """QVHighlights only, as is `by_length`."""
-    by_length: dict[str, LengthScores] | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """b - a in mIoU and its two-sided p-value (paired sign-flip test by video)."""
-
-    miou_difference: float
-    p_value: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `--json` writes."""
-
-    dataset: str
-    split: str
-    annotations: dict[str, str]
-    """File -> SHA-256."""
-    num_queries: int
-    num_videos: int
-    quirks: str
-    rule: str
-    is_strict: bool
-    is_clipped: bool
-    is_only_predicted: bool
-    files: tuple[FileScores, ...]
-    comparison: Comparison | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -115,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--predictions", required=True, type=Path, metavar="FILE")
     add("--predictions-b", type=Path, metavar="FILE", help="a second file, compared with the first")
     add("--split", choices=SPLITS, help="what the annotations are (default: test; QVHighlights: val)")
+    add("--reading", choices=READINGS, help="how texts are read (default: answers as stored, other texts strictly)")
     add("--rule", choices=RULES, default="best", help="the truth where a query has several windows (default: best)")
     add("--strict", action="store_true", help="R1 counts IoU > threshold instead of >=")
     add("--raw-windows", action="store_true", help="keep windows that end after their video as annotated")
@@ -132,6 +100,7 @@ def _options(parsed: argparse.Namespace) -> Options:
         annotations=tuple(parsed.annotations),
         predictions=tuple(path for path in (parsed.predictions, parsed.predictions_b) if path is not None),
         split=parsed.split or ("val" if name is DatasetName.qvhighlights else "test"),
+        reading=parsed.reading,
         rule=parsed.rule,
         is_strict=parsed.strict,
         is_clipped=not parsed.raw_windows,
@@ -159,7 +128,7 @@ def evaluate(options: Options) -> Report:
     annotations = read_files(
         options.dataset, options.annotations, options.split, late_windows="clip" if options.is_clipped else "keep"
     )
-    read = [read_predictions(path, annotations.samples) for path in options.predictions]
+    read = [read_predictions(path, annotations.samples, options.reading) for path in options.predictions]
     samples = _denominator(annotations, read, options.is_only_predicted)
     ids = {s.sample_id for s in samples}
     answers = [[p for p in predictions.items if p.sample_id in ids] for predictions in read]
@@ -183,6 +152,7 @@ def evaluate(options: Options) -> Report:
         is_strict=options.is_strict,
         is_clipped=options.is_clipped,
         is_only_predicted=options.is_only_predicted,
+        reading=options.reading,
         files=files,
         comparison=comparison,
     )
@@ -213,51 +183,20 @@ def _score_file(
         ranking = predictions.ranking()
         detection = mean_average_precision(samples, ranking)
         by_length = scores_by_length(samples, items, ranking, rule, strict)
-    return FileScores(str(path), _sha256(path), predictions.format, card, detection, by_length)
+    warning = unread_warning(items)
+    return FileScores(str(path), _sha256(path), predictions.format, card, warning, detection, by_length)
+
+
+def unread_warning(items: Sequence[Prediction]) -> str | None:
+    """What to say when more than `MAX_UNREAD` of the texts that are scored are unread; None otherwise."""
+    texts = [p for p in items if p.sample_index == 0 and p.text.strip()]
+    unread = [p.text for p in texts if p.answer is None]
+    if len(unread) <= MAX_UNREAD * len(texts):
+        return None
+    name, count = best_reading(unread)
+    advice = f"--reading {name} reads {count} of them" if count else "no --reading reads them"
+    return f"{len(unread)} of {len(texts)} texts are unread, the first is {shorten(unread[0])}; {advice}"
 
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def render(report: Report) -> str:
-    """The report as text: conventions first, then the numbers, in percent."""
-    denominator = "queries that every file answers" if report.is_only_predicted else "every annotated query"
-    sign = ">" if report.is_strict else ">="
-    lines = [
-        f"{report.dataset} {report.split}: {report.num_queries} queries about {report.num_videos} videos",
-        f"  annotations   {report.quirks}",
-        f"  denominator   {denominator}",
-        f"  several windows: {report.rule}; R1@t: IoU {sign} t; "
-        f"windows {'cut at the end of the video' if report.is_clipped else 'as annotated'}",
-    ]
-    for file in report.files:
-        lines += ["", *_render_file(file)]
-    if report.comparison is not None:
-        difference, p = report.comparison.miou_difference, report.comparison.p_value
-        lines += ["", f"second - first: mIoU {100 * difference:+.2f}, p = {p:.4f} (paired sign flips by video)"]
-    return "\n".join(lines)
-
-
-def _render_file(file: FileScores) -> list[str]:
-    card = file.scorecard
-    lines = [
-        f"{file.path} ({file.format})",
-        f"  unparsed {card.num_unparsed}, missing {card.num_missing}: both count as IoU 0",
-        f"  {'':<10}{'value':>7}   95 % interval (bootstrap by video)",
-    ]
-    estimates: list[tuple[str, Estimate]] = [("mIoU", card.miou)]
-    estimates += [(f"R1@{t:g}", estimate) for t, estimate in card.recall.items()]
-    lines += [f"  {name:<10}{100 * e.value:7.2f}   {100 * e.low:.2f} to {100 * e.high:.2f}" for name, e in estimates]
-    if file.detection is None or file.by_length is None:
-        return lines
-    head: list[Any] = ["", "queries", "mIoU", "R1@0.5", "R1@0.7", "mAP", "mAP@0.5", "mAP@0.75"]
-    rows = [(name, part) for name, part in file.by_length.items()]
-    recall = {t: e.value for t, e in card.recall.items()}
-    rows.append(("full", LengthScores(card.num_queries, card.miou.value, recall, file.detection)))
-    lines += ["", "  " + f"{head[0]:<10}" + "".join(f"{cell:>10}" for cell in head[1:])]
-    for name, part in rows:
-        found = part.detection
-        values = (part.miou, part.recall[0.5], part.recall[0.7], found.average, found.at[0.5], found.at[0.75])
-        lines.append(f"  {name:<10}{part.num_queries:>10}" + "".join(f"{100 * value:10.2f}" for value in values))
-    return lines
