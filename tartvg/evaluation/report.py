@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tartvg.evaluation.conventions import Convention
 from tartvg.evaluation.detection import DetectionScores
 from tartvg.evaluation.lengths import LengthScores
+from tartvg.evaluation.score import THRESHOLDS
 from tartvg.types import Estimate, Scorecard
 
 
@@ -44,27 +46,38 @@ class Report:
     num_queries: int
     num_videos: int
     quirks: str
-    rule: str
-    is_strict: bool
-    is_clipped: bool
-    is_only_predicted: bool
-    reading: str | None
-    """A key of `tartvg.evaluation.readings.READINGS`; None: answers as stored, texts read strictly."""
+    convention: Convention
+    """The rules of these scores."""
     files: tuple[FileScores, ...]
     comparison: Comparison | None = None
 
 
+@dataclass(frozen=True)
+class ConventionReport:
+    """What `--json` writes under all conventions: one prediction file, scored by the rules of each."""
+
+    dataset: str
+    split: str
+    annotations: dict[str, str]
+    """File -> SHA-256."""
+    path: str
+    sha256: str
+    conventions: dict[str, Convention]
+    scorecards: dict[str, Scorecard]
+    """By the name of the convention; without intervals."""
+
+
 def render(report: Report) -> str:
     """The report as text: conventions first, then the numbers, in percent."""
-    denominator = "queries that every file answers" if report.is_only_predicted else "every annotated query"
-    sign = ">" if report.is_strict else ">="
+    convention = report.convention
+    denominator = "queries that every file answers" if convention.is_only_predicted else "every annotated query"
     lines = [
         f"{report.dataset} {report.split}: {report.num_queries} queries about {report.num_videos} videos",
         f"  annotations   {report.quirks}",
         f"  denominator   {denominator}",
-        f"  reading       {report.reading or 'answers as stored, texts strictly'}",
-        f"  several windows: {report.rule}; R1@t: IoU {sign} t; "
-        f"windows {'cut at the end of the video' if report.is_clipped else 'as annotated'}",
+        f"  reading       {_reading(convention)}",
+        f"  several windows: {convention.rule}; R1@t: IoU {_sign(convention)} t; "
+        f"windows {'cut at the end of the video' if convention.is_clipped else 'as annotated'}",
     ]
     for file in report.files:
         lines += ["", *_render_file(file)]
@@ -72,6 +85,57 @@ def render(report: Report) -> str:
         difference, p = report.comparison.miou_difference, report.comparison.p_value
         lines += ["", f"second - first: mIoU {100 * difference:+.2f}, p = {p:.4f} (paired sign flips by video)"]
     return "\n".join(lines)
+
+
+def render_conventions(report: ConventionReport) -> str:
+    """One line for each convention: its rules, then the scores in percent."""
+    lines = [f"{report.path}, {report.dataset} {report.split}, by the rules of several works; scores in percent", ""]
+    head = (
+        "convention",
+        "reading",
+        "windows",
+        "cut",
+        "R1@t",
+        "queries",
+        "unread",
+        "mIoU",
+        "R1@0.3",
+        "R1@0.5",
+        "R1@0.7",
+    )
+    rows: list[tuple[str, ...]] = [head]
+    for name, convention in report.conventions.items():
+        card = report.scorecards[name]
+        scores = (card.miou, *(card.recall[t] for t in THRESHOLDS))
+        rows.append(
+            (
+                name,
+                _reading(convention),
+                convention.rule,
+                "yes" if convention.is_clipped else "no",
+                f"IoU {_sign(convention)} t",
+                str(card.num_queries),
+                str(card.num_unparsed),
+                *(f"{100 * estimate.value:.2f}" for estimate in scores),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column < 5 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _reading(convention: Convention) -> str:
+    reading = convention.reading or "as stored, else strict"
+    return reading if convention.rounding is None else f"{reading}, to {convention.rounding:g} s"
+
+
+def _sign(convention: Convention) -> str:
+    return ">" if convention.is_strict else ">="
 
 
 def _render_file(file: FileScores) -> list[str]:
