@@ -161,18 +161,21 @@ def span(value: Any, where: str) -> Span:
     return Span(seconds(value[0], "start", where), seconds(value[1], "end", where))
 
 
-def per_video(path: Path) -> Iterator[tuple[str, str, dict[str, Any], list[tuple[Span, str]]]]:
+def per_video(
+    path: Path, times: str = "timestamps", texts: str = "sentences"
+) -> Iterator[tuple[str, str, dict[str, Any], list[tuple[Span, str]]]]:
     """The form `{video: {timestamps: [[a, b], ...], sentences: [...], ...}}` of ActivityNet and what descends from it.
 
-    Yields (where, video, the video's object, its (span, sentence) pairs). The spans are in the file's own unit.
+    Yields (where, video, the video's object, its (span, sentence) pairs). The spans are in the file's own unit. `times`
+    and `texts` are the names of the two lists.
     """
     for video, value in mapping(read_json(path), str(path)).items():
         where = f"{path}, video {shorten(video)}"
         entry = mapping(value, where)
-        spans = sequence(field(entry, "timestamps", where), where)
-        sentences = sequence(field(entry, "sentences", where), where)
+        spans = sequence(field(entry, times, where), where)
+        sentences = sequence(field(entry, texts, where), where)
         if len(spans) != len(sentences):
-            raise ValueError(f"{where}: {len(spans)} timestamps but {len(sentences)} sentences")
+            raise ValueError(f"{where}: {len(spans)} {times} but {len(sentences)} {texts}")
         pairs = []
         for number, (window, sentence) in enumerate(zip(spans, sentences, strict=True)):
             entry_at = f"{where}, sentence {number}"
