@@ -33,6 +33,7 @@ from tartvg.data.parsing import (
     text_of,
 )
 from tartvg.data.parsing import field as required
+from tartvg.prompts import normalise_query
 from tartvg.types import Span
 
 TEST_CHECKSUMS = {
@@ -40,7 +41,7 @@ TEST_CHECKSUMS = {
     "6179bf95f5c508c493180e636fcfb6c7ef61b39ba35495f43eff1837092ae107": "charades_test.json = val.json of TimeZero",
 }
 """SHA-256 of the files that circulate."""
-TEST_CONTENT = "d6a3681475cae14befd349ae9e5e5b264cc9643ca719b52ba39deff7ce4b5325"
+TEST_CONTENT = "64f414734663bf435310878c52d52bac612d3593da6e4bdfa9b8036cdc37ce93"
 """The same for its rows, whatever the form, the order and the line ends: see `content_checksum`."""
 
 
@@ -68,8 +69,8 @@ def read(paths: Sequence[Path], options: ReadOptions) -> Annotations:
 
 
 def content_checksum(rows: Sequence[Row]) -> str:
-    """SHA-256 over the sorted (video, start, sentence) of all rows, in hexadecimal: some forms cut the ends."""
-    lines = sorted(f"{r.video} {w.start:.2f} {r.query.strip()}" for r in rows for w in r.windows)
+    """SHA-256 over the sorted (video, start, sentence) of all rows, in hexadecimal. Some forms cut the ends."""
+    lines = sorted(f"{r.video} {w.start:.2f} {normalise_query(r.query)}" for r in rows for w in r.windows)
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -170,7 +170,8 @@ def evaluate(options: Options) -> Report:
     comparison = None
     if len(files) == 2:
         a, b = (file.scorecard.miou.value for file in files)
-        p_value = paired_p_value(read.samples, *read.answers, rule=convention.rule, seed=options.seed)
+        first, second = read.answers
+        p_value = paired_p_value(read.samples, first, second, rule=convention.rule, seed=options.seed)
         comparison = Comparison(b - a, p_value)
     return Report(
         dataset=options.dataset.value,

@@ -30,7 +30,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from tartvg.data.parsing import field as required
 from tartvg.data.parsing import (
@@ -204,7 +204,8 @@ def _tartvg(record: _Record, index: Index) -> tuple[Prediction, Ranked | None]:
         raise ValueError(f"{where}: not a record of predictions.jsonl ({shorten(str(error))})") from error
     sample = index.exact(text_of(prediction.sample_id, "sample_id", where), where)
     whole_number(prediction.sample_index, "sample_index", where)
-    text_of(prediction.text, "text", where)
+    if not isinstance(prediction.text, str):
+        raise ValueError(f"{where}: text must be a string, got {type(prediction.text).__name__}")
     if not all(math.isfinite(t) for s in (prediction.answer, *prediction.anchors) if s is not None for t in s):
         raise ValueError(f"{where}: a time is not finite")
     complaint = contradiction(sample, Clues(video=_text(prediction.video), query=_text(prediction.query)))
@@ -313,7 +314,8 @@ def _target(value: Any, where: str) -> Span | None:
     return span(list(match.groups()), where) if match else None
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: Any) -> TypeGuard[list[Any]]:
+    """Whether it is a list with something in it."""
     return isinstance(value, list) and bool(value)
 
 

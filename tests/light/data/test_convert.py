@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tartvg.config import DatasetName
@@ -36,11 +36,11 @@ ROWS = st.lists(
 )
 
 
-def grouped(rows: list[Any], times: str, texts: str, **entry: Any) -> dict[str, Any]:
-    videos = {f"v.{v}": {**entry, times: [], texts: []} for v, _, _ in rows}
+def grouped(rows: list[Any], times: str, texts: str, ending: str = "", **entry: Any) -> dict[str, Any]:
+    videos = {f"v.{v}{ending}": {**entry, times: [], texts: []} for v, _, _ in rows}
     for v, query, windows in rows:
-        videos[f"v.{v}"][times].append(windows[0])
-        videos[f"v.{v}"][texts].append(query)
+        videos[f"v.{v}{ending}"][times].append(windows[0])
+        videos[f"v.{v}{ending}"][texts].append(query)
     return videos
 
 
@@ -55,7 +55,7 @@ def content(name: DatasetName, rows: list[Any]) -> str:
         ],
         DatasetName.charades_sta: grouped(rows, "timestamps", "sentences", duration=50.5),
         DatasetName.activitynet: grouped(rows, "timestamps", "sentences", duration=50.5),
-        DatasetName.tacos: grouped(rows, "timestamps", "sentences", fps=29.4, num_frames=700),
+        DatasetName.tacos: grouped(rows, "timestamps", "sentences", ".avi", fps=29.4, num_frames=700),
         DatasetName.tvgbench: [
             {"path": f"a/v{v}.mp4", "question": q, "answer": f"{w[0][0]}-{w[0][1]}", "duration": 50.5 + v, "start": v,
              "end": 60, "dataset_name": "d"}
@@ -81,9 +81,20 @@ def test_every_reader_is_among_them() -> None:
     assert {source.read for source in SOURCES.values()} == {SOURCES[name].read for name in READERS}
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None)
 @given(name=st.sampled_from(READERS), form=st.sampled_from(list(FORMS)), rows=ROWS)
 def test_round_trips(tmp_path_factory: Any, name: DatasetName, form: str, rows: list[Any]) -> None:
+    check_round_trip(tmp_path_factory, name, form, rows)
+
+
+@pytest.mark.campaign
+@settings(max_examples=1000, deadline=None)
+@given(name=st.sampled_from(READERS), form=st.sampled_from(list(FORMS)), rows=ROWS)
+def test_round_trips_at_length(tmp_path_factory: Any, name: DatasetName, form: str, rows: list[Any]) -> None:
+    check_round_trip(tmp_path_factory, name, form, rows)
+
+
+def check_round_trip(tmp_path_factory: Any, name: DatasetName, form: str, rows: list[Any]) -> None:
     """Any reader's file in any form, read again, says the same queries and, where the form has room, the same windows;
     through our own form it says everything."""
     folder = tmp_path_factory.mktemp("trip")

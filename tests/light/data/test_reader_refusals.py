@@ -103,7 +103,7 @@ def test_files_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     path = tmp_path / "test.json"
     for content, message in [
         (b"\x80{}", "not UTF-8 at byte 0"),
-        (b"\xff\xfe{", "not UTF-16 at byte 0"),
+        (b"\xff\xfe{", "not UTF-16 at byte 2"),
         (b"\x1f\x8b\x08", "not usable as gzip"),
         (gzip.compress(b"[]")[:-9], "not usable as gzip"),
         (b"[", "not usable as JSON"),

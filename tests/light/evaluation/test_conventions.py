@@ -120,6 +120,7 @@ TABULATED = {
 
 
 @needs_data
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABULATED)
 def test_tabulated_scores_of_real_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     is_chat = name.startswith("timechat")
