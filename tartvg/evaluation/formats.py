@@ -290,9 +290,10 @@ def _clues(record: _Record) -> Clues:
         row=None if row is None else whole_number(row, "doc_id", where),
         video=_text(video.get("video", video.get("path")) if isinstance(video, dict) else video),
         query=_text(next((value[key] for key in QUERY_KEYS if key in value), None)),
-        prompt=_prompt(value),
+        prompt=None if name else _prompt(value),
         target=_target(target, where),
-        duration=seconds(duration, "duration", where) if isinstance(duration, int | float) else None,
+        # Elsewhere it may be how long the model took.
+        duration=seconds(duration, "duration", where) if target and isinstance(duration, int | float) else None,
     )
 
 

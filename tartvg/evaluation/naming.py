@@ -5,7 +5,7 @@ A record is taken for the first query that one of its clues leads to and that no
 1. its name: the id of a sample, that id without words in front, or the number in it (`Index.named`);
 2. beside a `target`, the number at the end of its name as a row of the annotations, which is what Time-R1 writes
    (`activitynet_17`); never in a training file, where dropped rows leave gaps;
-3. its row, where the form counts rows (lmms-eval, LLaMA-Factory);
+3. its row, where the form counts rows and something else confirms it (lmms-eval, LLaMA-Factory);
 4. its video and its query. Where a file asks that question several times, its records answer in the order of the file.
 
 Two files that belong to different splits give numbers too, and nobody notices; hence every clue is compared.
@@ -40,7 +40,7 @@ class Clues:
     video: str | None = None
     query: str | None = None
     prompt: str | None = None
-    """A text that contains the query."""
+    """A text that contains the query, in a record without a name."""
     target: Span | None = None
     """The truth as the record has it, cut at the end of the video or not."""
     duration: float | None = None
@@ -73,7 +73,9 @@ class Index:
             if clues.name:
                 complaint = f"{self._unknown(clues.name)}; understood are {self._understood()}"
             elif clues.row is not None:
-                complaint = f"row {clues.row} is not among the {len(self.samples)} annotated queries"
+                complaint = (
+                    f"row {clues.row} is none of the {len(self.samples)} annotated queries, or nothing confirms it"
+                )
             elif clues.video is not None:
                 complaint = f"none of the {len(self.samples)} annotated queries asks this about {shorten(clues.video)}"
         raise ValueError(f"{where}: {complaint}")
@@ -87,7 +89,7 @@ class Index:
     def named(self, name: str, where: str) -> GroundingSample | None:
         """The one query that `name` can mean: by its id, by its id without words in front, or by the number in its id.
 
-        `activitynet_test_v_a_2` is `v_a_2` to others, and `charades_sta_test_17` is `17` or `charades_17`. The number
+        `activitynet_test_v_a_2` is `v_a_2` to others, and `charades_sta_test_17` is `17` or `Charades_17`. The number
         is never a position: rows that were dropped leave a gap, and where ids are no rows it counts something else.
         """
         found = [name] if name in self.by_id else sorted({i for i in self._ids(name) if i in self.by_id})
@@ -112,7 +114,7 @@ class Index:
             number = _ROW.fullmatch(clues.name)
             if clues.target is not None and number is not None:
                 yield from self._row(int(number[2]))
-        if clues.row is not None:
+        if clues.row is not None and (clues.query, clues.prompt, clues.target) != (None, None, None):
             yield from self._row(clues.row)
         if clues.video is not None and (clues.query is not None or clues.prompt is not None):
             yield from self._asked(clues, where)
@@ -140,7 +142,9 @@ class Index:
     def _ids(self, name: str) -> Iterator[str]:
         yield from ("_".join((*self.prefix[:length], name)) for length in range(1, len(self.prefix) + 1))
         match = _ROW.fullmatch(name)
-        if match is not None and (match[1] is None or set(match[1].split("_")) <= set(self.prefix)):
+        if match is not None and (
+            match[1] is None or set(match[1].lower().split("_")) <= {*map(str.lower, self.prefix)}
+        ):
             yield "_".join((*self.prefix, str(int(match[2]))))
 
     def _unknown(self, name: str) -> str:
@@ -158,7 +162,7 @@ def contradiction(sample: GroundingSample, clues: Clues) -> str | None:
         return f"video {shorten(video)}, but {name} is about {sample.video}"
     if query is not None and _plain(query) != _plain(sample.query):
         return f"query {shorten(query)}, but {name} asks {shorten(sample.query)}"
-    if clues.prompt is not None and _plain(sample.query) not in " ".join(clues.prompt.split()):
+    if clues.prompt is not None and _plain(sample.query).casefold() not in " ".join(clues.prompt.split()).casefold():
         return f"its prompt does not ask {shorten(sample.query)}, as {name} does"
     # Only the start: the end may have been cut at the end of the video, here or there.
     if target is not None and sample.windows and all(abs(target.start - w.start) > TOLERANCE for w in sample.windows):

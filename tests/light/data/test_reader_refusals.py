@@ -238,7 +238,7 @@ def test_a_number_in_a_name_is_never_a_position() -> None:
     captions = ["activitynet_test_v_a_0", "activitynet_test_v_a_2", "activitynet_test_v_b_2"]
     assert named(captions, "v_b_2", "test_v_a_2", captions[0]) == [captions[2], captions[1], captions[0]]
     assert named(["tacos_test_s13-d21_0", "tacos_test_s13-d25_0"], "s13-d25_0") == ["tacos_test_s13-d25_0"]
-    assert named(["my_clips_0", "my_clips_17"], 17, "clips_17") == ["my_clips_17"] * 2
+    assert named(["my_clips_0", "my_clips_17"], 17, "clips_17", "Clips_17") == ["my_clips_17"] * 3
     for ids, name in [
         (rows, 2), (rows, "3MSZA_1"), (rows, "charades_test_1"), (rows, "data_1"), (highlights, 0), (captions, 2),
         (captions, "activitynet_1"), (captions, "v_c_1"), (["a", "test_1"], "1"),

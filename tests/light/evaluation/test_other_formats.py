@@ -109,8 +109,9 @@ def test_files_of_frameworks(tmp_path: Path) -> None:
     for rows, message in [
         ([factory[1], factory[0]], "line 2: its prompt does not ask 'a dog runs away', as set_test_1 does"),
         ([{**lmms, "target": "[7, 9]"}], r"line 1: its target \[7.0, 9.0\] is not the truth of set_test_1"),
-        ([{**lmms, "doc_id": 4}], "line 1: row 4 is not among the 4 annotated queries"),
-        ([{**lmms, "doc_id": -1}], "line 1: row -1 is not among"),
+        ([{**lmms, "doc_id": 4}], "line 1: row 4 is none of the 4 annotated queries"),
+        ([{**lmms, "doc_id": -1}], "line 1: row -1 is none of"),
+        ([{"predict": SAID}], "line 1: row 0 is none of the 4 annotated queries, or nothing confirms it"),
         ([{**swift, "videos": ["z.mp4"]}], "line 1: none of the 4 annotated queries asks this about 'z.mp4'"),
         ([{"response": SAID}], "line 1: nothing says which query it answers; sample_id, qid, id would"),
         (
@@ -121,6 +122,13 @@ def test_files_of_frameworks(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             read(tmp_path, *rows)
+
+
+def test_what_a_record_with_a_name_may_also_hold(tmp_path: Path) -> None:
+    """A prompt in other words, and how long the model took."""
+    assert read(tmp_path, {"id": 1, "output": SAID, "prompt": "When is it?", "duration": 0.8}) == {
+        "set_test_1": Span(1, 2)
+    }
 
 
 def test_keys_of_timelens_and_lmms_eval(tmp_path: Path) -> None:
