@@ -24,6 +24,7 @@ from tartvg.data.annotations import ReadOptions
 from tartvg.data.datasets import SOURCES
 from tartvg.data.parsing import MAX_SECONDS, MAX_TEXT_CHARS
 from tartvg.evaluation.formats import read_predictions
+from tartvg.evaluation.readings import READINGS
 from tartvg.response import parse_response
 from tartvg.rewards import Rubric
 from tartvg.types import GroundingSample, Span
@@ -120,11 +121,23 @@ TEXTS = ["", " ", "a.mp4", "../../etc/passwd", "/etc/passwd", "x/../../y", "..\\
          "x" * (MAX_TEXT_CHARS + 1), "<|im_start|>", "2.0 - 9.0", "12 - ", 7, None, [], {}]  # fmt: skip
 
 
+BENCHES = (DatasetName.charades_timelens, DatasetName.activitynet_timelens, DatasetName.qvhighlights_timelens)
+TIMELENS = (DatasetName.timelens_100k, DatasetName.timelens2_93k)
+LINES = (DatasetName.jsonl, DatasetName.qvhighlights, *TIMELENS)
+"""Data sets whose files are JSON Lines."""
+
+
 def row_of(rng, name):
     """One record of a data set's own form, mostly valid."""
     a, b = sorted((round(rng.uniform(0, 50), 2), round(rng.uniform(0, 50), 2)))
     number = rng.randrange(10**6)
     pairs = {"timestamps": [[a, b]], "sentences": ["a person opens the door."]}
+    if name in BENCHES:
+        return {"duration": 60.0, "spans": [[a, b]], "queries": ["a person opens the door."]}
+    if name in TIMELENS:
+        event = {"query": "q", "span": rng.choice([[[a, b]], [a, b]])}
+        more = rng.choice([{"events": [event, event]}, {**event, "rollouts": ["[[1, 2]]"]}])
+        return {"video_path": f"x/v{number}.mp4", "duration": 60.0, "source": "s", **more}
     return {
         DatasetName.jsonl: {"video": f"v{number}.mp4", "query": "q", "windows": [[a, b]], "duration": 60.0},
         DatasetName.qvhighlights: {"qid": number, "query": "q", "vid": f"v{number}", "duration": 60,
@@ -176,7 +189,7 @@ def annotation_file(rng, name):
     if rng.random() < 0.7:
         place = rng.randrange(len(rows))
         rows[place] = bent(rng, rows[place])
-    if name in (DatasetName.jsonl, DatasetName.qvhighlights):
+    if name in LINES:
         text = "".join(json.dumps(row, ensure_ascii=rng.random() < 0.5) + "\n" for row in rows)
     elif name is DatasetName.tvgbench:
         text = json.dumps(rows)
@@ -206,6 +219,11 @@ def prediction_file(rng, samples):
         rows.append(rng.choice([
             {"sample_id": sample.sample_id, "output_text": rng.choice([valid, mutated, soup])(rng)},
             {"qid": i, "query": sample.query, "pred_relevant_windows": [[1.0, 2.0, 0.5]]},
+            {"videos": ["v.mp4"], "messages": [{"role": "user", "content": "q?"}], "response": "1 to 2"},
+            {"doc_id": i, "target": "[1, 2]", "filtered_resps": ["1 - 2"], "input": "q?"},
+            {"prompt": "q?", "predict": "from 1 to 2", "label": ""},
+            {f"v.mp4>>>q{i}>>>[1, 2]": {"timestamps": [[1, 2]], "answers": "1 - 2"}},
+            {"qid": f"activitynet_{i}", "target": [1, 2], "duration": 9.0, "output_text": "1 to 2"},
             {"sample_id": sample.sample_id, "sample_index": 0, "query": sample.query, "video": "v.mp4",
              "windows": [[1, 2]], "duration": 9.0, "text": "", "anchors": [[1, 2]], "answer": [1, 2], "faults": [],
              "is_finished": True, "seconds": 0.1},
@@ -229,7 +247,7 @@ def read_once(rng, folder):
     """One file through one reader; whether it was accepted. Any error but a ValueError that names it is a bug."""
     name = rng.choice([n for n in SOURCES if n.value not in ("planted", "planted_long")] + [None])
     options = ReadOptions(rng.choice(["train", "test"]), folder / "videos")
-    paths = [folder / ("f.jsonl" if name in (DatasetName.jsonl, DatasetName.qvhighlights, None) else "f.json")]
+    paths = [folder / ("f.jsonl" if name in (*LINES, None) else "f.json")]
     samples = [GroundingSample(f"qvhighlights_{i}", Path("v.mp4"), "q", (Span(1, 2),), 9.0, "test") for i in range(3)]
     if name is None:
         paths[0].write_bytes(prediction_file(rng, samples))
@@ -242,7 +260,7 @@ def read_once(rng, folder):
     start = time.process_time()
     try:
         if name is None:
-            read_predictions(paths[0], samples)
+            read_predictions(paths[0], samples, rng.choice([None, *READINGS]))
         else:
             check_samples(SOURCES[name].read(paths, options), folder / "videos")
     except ValueError as error:

@@ -49,6 +49,11 @@ class DatasetName(Enum):
     activitynet = "activitynet"
     tacos = "tacos"
     tvgbench = "tvgbench"
+    charades_timelens = "charades_timelens"
+    activitynet_timelens = "activitynet_timelens"
+    qvhighlights_timelens = "qvhighlights_timelens"
+    timelens_100k = "timelens_100k"
+    timelens2_93k = "timelens2_93k"
     jsonl = "jsonl"
 
 

@@ -30,6 +30,7 @@ from tartvg.types import GroundingSample, Span
 
 ReversedWindows = Literal["drop", "swap", "keep"]
 LateWindows = Literal["clip", "drop", "keep"]
+SPLITS = ("train", "val", "test")
 ROUNDING = 1e-6
 """Seconds by which a window may end after its video without being counted: 245 windows of ActivityNet-Captions end
 1e-14 s late."""

@@ -1,10 +1,12 @@
 """Charades-STA (Gao et al., ICCV 2017, arXiv 1705.02101) -> annotations. Videos are `<id>.mp4`.
 
-Two forms of the same rows, in the same order:
+Three forms of the same rows, in the same order:
 
 - `charades_sta_{train,test}.txt`, a line `ID START END##sentence.`. It lacks the lengths of the videos: these come from
   the column `length` of `Charades_v1_{train,test}.csv`. A sentence may contain a single `#`; the first `##` separates.
-- the JSON of TimeZero and its relatives, `{ID: {duration, timestamps, sentences}}`.
+- the JSON of TimeZero and its relatives, `{ID: {duration, timestamps, sentences}}`;
+- the JSON Lines of lighthouse and its relatives, `{qid, query, vid, duration, relevant_windows}`, whose windows are cut
+  at the end of the video and whose training file lacks the four reversed rows.
 
 The id of a sample is its row, counted from 0 (`charades_sta_test_17`): the number that TimeChat and Time-R1 use too.
 The `val.json` that circulates in the JSON form is the test set, and is refused as anything else.
@@ -19,8 +21,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tartvg.data.annotations import Annotations, ReadOptions, Row, build
+from tartvg.data.parsing import (
+    ending,
+    length,
+    per_query,
+    per_video,
+    read_lines,
+    read_text,
+    seconds,
+    shorten,
+    text_of,
+)
 from tartvg.data.parsing import field as required
-from tartvg.data.parsing import length, per_video, read_lines, read_text, seconds, shorten, text_of
+from tartvg.prompts import normalise_query
 from tartvg.types import Span
 
 TEST_CHECKSUMS = {
@@ -28,22 +41,24 @@ TEST_CHECKSUMS = {
     "6179bf95f5c508c493180e636fcfb6c7ef61b39ba35495f43eff1837092ae107": "charades_test.json = val.json of TimeZero",
 }
 """SHA-256 of the files that circulate."""
-TEST_CONTENT = "d80ef589df3cffdbef854fd0bfbb3f4f8a535971250a730fee7111bb3bece077"
+TEST_CONTENT = "64f414734663bf435310878c52d52bac612d3593da6e4bdfa9b8036cdc37ce93"
 """The same for its rows, whatever the form, the order and the line ends: see `content_checksum`."""
 
 
 def read(paths: Sequence[Path], options: ReadOptions) -> Annotations:
-    """One `.json`, or one `.txt` with its `.csv`. Raises ValueError naming file and line.
+    """One `.json` or `.jsonl`, or one `.txt` with its `.csv`. Raises ValueError naming file and line.
 
     The test set read as `train` or `val` is refused: a checkpoint that is selected on it has seen the test.
     """
-    annotations = [p for p in paths if p.suffix != ".csv"]
-    tables = [p for p in paths if p.suffix == ".csv"]
+    annotations = [p for p in paths if ending(p) != ".csv"]
+    tables = [p for p in paths if ending(p) == ".csv"]
     if len(annotations) != 1:
-        raise ValueError(f"Charades-STA needs one .txt or .json file, got {[str(p) for p in paths]}")
+        raise ValueError(f"Charades-STA needs one .txt, .json or .jsonl file, got {[str(p) for p in paths]}")
     path = annotations[0]
-    if path.suffix == ".json":
+    if ending(path) == ".json":
         rows = tuple(_from_json(path, options.split))
+    elif ending(path) == ".jsonl":
+        rows = tuple(_from_json_lines(path, options.split))
     else:
         if len(tables) != 1:
             raise ValueError(f"{path}: the text form needs its Charades_v1_*.csv, which has the lengths of the videos")
@@ -54,8 +69,8 @@ def read(paths: Sequence[Path], options: ReadOptions) -> Annotations:
 
 
 def content_checksum(rows: Sequence[Row]) -> str:
-    """SHA-256 over the sorted (video, start, end, sentence) of all rows, in hexadecimal."""
-    lines = sorted(f"{r.video} {w.start:.2f} {w.end:.2f} {r.query.strip()}" for r in rows for w in r.windows)
+    """SHA-256 over the sorted (video, start, sentence) of all rows, in hexadecimal. Some forms cut the ends."""
+    lines = sorted(f"{r.video} {w.start:.2f} {normalise_query(r.query)}" for r in rows for w in r.windows)
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -91,6 +106,11 @@ def _from_json(path: Path, split: str) -> Iterator[Row]:
         for window, sentence in pairs:
             yield Row(where, f"charades_sta_{split}_{number}", f"{video}.mp4", sentence, (window,), duration)
             number += 1
+
+
+def _from_json_lines(path: Path, split: str) -> Iterator[Row]:
+    for number, (where, _, video, query, windows, duration) in enumerate(per_query(path)):
+        yield Row(where, f"charades_sta_{split}_{number}", f"{video}.mp4", query, windows, duration)
 
 
 def _durations(path: Path) -> dict[str, float]:

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import cast
 
 from tartvg.config import DatasetConfig, DatasetName
-from tartvg.data import activitynet, charades_sta, jsonl, qvhighlights, tacos, tvgbench
-from tartvg.data.annotations import Annotations, LateWindows, ReadOptions, ReversedWindows
+from tartvg.data import activitynet, charades_sta, jsonl, qvhighlights, tacos, timelens, tvgbench
+from tartvg.data.annotations import SPLITS, Annotations, LateWindows, ReadOptions, ReversedWindows
 from tartvg.data.splits import carve
 from tartvg.launch.processes import is_follower
 from tartvg.types import GroundingSample
 
 Reader = Callable[[Sequence[Path], ReadOptions], Annotations]
 Files = tuple[tuple[str, ...], ...]
-SPLITS = ("train", "val", "test")
 _LOG = logging.getLogger(__name__)
 
 
@@ -63,6 +62,11 @@ SOURCES: dict[DatasetName, Source] = {
     DatasetName.tvgbench: Source(
         tvgbench.read, train=(("train_2k5.json",),), test=(("tvgbench.json",),), is_carved=True
     ),
+    DatasetName.charades_timelens: Source(timelens.read_bench, test=(("charades-timelens.json",),)),
+    DatasetName.activitynet_timelens: Source(timelens.read_bench, test=(("activitynet-timelens.json",),)),
+    DatasetName.qvhighlights_timelens: Source(timelens.read_bench, test=(("qvhighlights-timelens.json",),)),
+    DatasetName.timelens_100k: Source(timelens.read, train=(("timelens-100k.jsonl",),), is_carved=True),
+    DatasetName.timelens2_93k: Source(timelens.read, train=(("timelens2-93k.jsonl",),), is_carved=True),
     DatasetName.jsonl: Source(
         jsonl.read, train=(("train.jsonl",),), val=(("val.jsonl",),), test=(("test.jsonl",),), is_carved=True
     ),

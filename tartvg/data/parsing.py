@@ -6,9 +6,13 @@ readers. Nothing is repaired; what can be repaired by a policy is `tartvg.data.a
 
 from __future__ import annotations
 
+import codecs
+import gzip
+import io
 import json
 import math
 import stat
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +28,10 @@ MAX_SECONDS = 1e7
 
 
 def read_text(path: Path) -> str:
-    """A whole UTF-8 file, with or without a byte-order mark; newlines as in Python's text files.
+    """A whole file in UTF-8, or in UTF-16 with its byte-order mark; newlines as in Python's text files.
 
-    Raises ValueError when it cannot be read, is too big, or is a pipe or device: those may never end.
+    What gzip packed is unpacked, whatever the file's name. Raises ValueError when the file cannot be read, is too big,
+    also unpacked, or is a pipe or device: those may never end.
     """
     try:
         status = path.stat()
@@ -34,13 +39,34 @@ def read_text(path: Path) -> str:
             raise ValueError(f"{path}: a {'directory' if path.is_dir() else 'pipe or device'}, not a file")
         if status.st_size > MAX_FILE_BYTES:
             raise ValueError(f"{path}: {status.st_size} bytes; an annotation file has at most {MAX_FILE_BYTES}")
-        return path.read_text(encoding="utf-8-sig")
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
+    if content.startswith(b"\x1f\x8b"):
+        content = _unpacked(content, path)
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if is_wide else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
+        raise ValueError(f"{path}: not UTF-{16 if is_wide else 8} at byte {error.start}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def ending(path: Path) -> str:
+    """The suffix that says what a file holds: `.json` of `val.json` and of `val.json.gz`."""
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+def _unpacked(content: bytes, path: Path) -> bytes:
+    try:
+        unpacked = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_FILE_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not usable as gzip ({error})") from error
+    if len(unpacked) > MAX_FILE_BYTES:
+        raise ValueError(f"{path}: unpacks to more than {MAX_FILE_BYTES} bytes, which no annotation file has")
+    return unpacked
 
 
 def read_lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -135,23 +161,42 @@ def span(value: Any, where: str) -> Span:
     return Span(seconds(value[0], "start", where), seconds(value[1], "end", where))
 
 
-def per_video(path: Path) -> Iterator[tuple[str, str, dict[str, Any], list[tuple[Span, str]]]]:
+def per_video(
+    path: Path, times: str = "timestamps", texts: str = "sentences"
+) -> Iterator[tuple[str, str, dict[str, Any], list[tuple[Span, str]]]]:
     """The form `{video: {timestamps: [[a, b], ...], sentences: [...], ...}}` of ActivityNet and what descends from it.
 
-    Yields (where, video, the video's object, its (span, sentence) pairs). The spans are in the file's own unit.
+    Yields (where, video, the video's object, its (span, sentence) pairs). The spans are in the file's own unit. `times`
+    and `texts` are the names of the two lists.
     """
     for video, value in mapping(read_json(path), str(path)).items():
         where = f"{path}, video {shorten(video)}"
         entry = mapping(value, where)
-        spans = sequence(field(entry, "timestamps", where), where)
-        sentences = sequence(field(entry, "sentences", where), where)
+        spans = sequence(field(entry, times, where), where)
+        sentences = sequence(field(entry, texts, where), where)
         if len(spans) != len(sentences):
-            raise ValueError(f"{where}: {len(spans)} timestamps but {len(sentences)} sentences")
+            raise ValueError(f"{where}: {len(spans)} {times} but {len(sentences)} {texts}")
         pairs = []
-        for number, (times, sentence) in enumerate(zip(spans, sentences, strict=True)):
+        for number, (window, sentence) in enumerate(zip(spans, sentences, strict=True)):
             entry_at = f"{where}, sentence {number}"
-            pairs.append((span(times, entry_at), text_of(sentence, "the sentence", entry_at)))
+            pairs.append((span(window, entry_at), text_of(sentence, "the sentence", entry_at)))
         yield where, text_of(video, "the video", where), entry, pairs
+
+
+def per_query(path: Path) -> Iterator[tuple[str, dict[str, Any], str, str, tuple[Span, ...], float]]:
+    """The form `{qid, query, vid, duration, relevant_windows: [[a, b], ...]}`, a line, of QVHighlights and lighthouse.
+
+    Yields (where, the whole object, vid, query, windows, duration), all in seconds.
+    """
+    for where, value in read_json_objects(path):
+        yield (
+            where,
+            value,
+            text_of(field(value, "vid", where), "vid", where),
+            text_of(field(value, "query", where), "query", where),
+            tuple(span(window, where) for window in sequence(value.get("relevant_windows", []), where)),
+            length(field(value, "duration", where), where),
+        )
 
 
 def shorten(value: Any) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tartvg.data.annotations import Annotations, ReadOptions, Row, build
 from tartvg.data.parsing import field as required
-from tartvg.data.parsing import length, read_json_objects, sequence, span, text_of, whole_number
+from tartvg.data.parsing import per_query, whole_number
 
 ID_PREFIX = "qvhighlights_"
 
@@ -27,15 +27,14 @@ def read(paths: Sequence[Path], options: ReadOptions) -> Annotations:
 
 
 def _rows(path: Path, split: str) -> Iterator[Row]:
-    for where, value in read_json_objects(path):
-        windows = sequence(value.get("relevant_windows", []), where)
+    for where, value, video, query, windows, duration in per_query(path):
         if not windows and split != "test":
             raise ValueError(f"{where}: 'relevant_windows' is missing; only the test file has none")
         yield Row(
             where=where,
             sample_id=f"{ID_PREFIX}{whole_number(required(value, 'qid', where), 'qid', where)}",
-            video=f"{text_of(required(value, 'vid', where), 'vid', where)}.mp4",
-            query=text_of(required(value, "query", where), "query", where),
-            windows=tuple(span(window, where) for window in windows),
-            duration=length(required(value, "duration", where), where),
+            video=f"{video}.mp4",
+            query=query,
+            windows=windows,
+            duration=duration,
         )

@@ -1,8 +1,9 @@
 """The scorer that stands alone: `python -m tartvg.evaluation --dataset NAME --annotations FILE --predictions FILE`.
 
-It scores files of any model (formats: `tartvg.evaluation.formats`; conventions: `tartvg.evaluation.score`). What moves
-the numbers is printed above them: the denominator, the rule for several windows, the comparison with the threshold and
-whether windows that end after the video were cut.
+It scores files of any model (formats: `tartvg.evaluation.formats`; readings: `tartvg.evaluation.readings`). What moves
+the numbers is printed above them: the denominator, the reading, the rule for several windows, the comparison with the
+threshold and whether windows that end after the video were cut. `--convention` sets them as another work has them, and
+`--convention all` prints the scores under every work's (`tartvg.evaluation.conventions`).
 """
 
 from __future__ import annotations
@@ -12,19 +13,27 @@ import hashlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tartvg.config import DatasetName
-from tartvg.data.annotations import Annotations
-from tartvg.data.datasets import SPLITS, read_files
-from tartvg.evaluation.detection import DetectionScores, mean_average_precision
+from tartvg.data.annotations import SPLITS, Annotations, LateWindows
+from tartvg.data.datasets import read_files
+from tartvg.data.parsing import shorten
+from tartvg.evaluation.conventions import CONVENTIONS, Convention, rounded
+from tartvg.evaluation.detection import mean_average_precision
 from tartvg.evaluation.formats import Predictions, read_predictions
-from tartvg.evaluation.lengths import LengthScores, scores_by_length
-from tartvg.evaluation.score import ALL_THRESHOLDS, RULES, Rule, paired_p_value, score
+from tartvg.evaluation.lengths import scores_by_length
+from tartvg.evaluation.readings import READINGS, best_reading
+from tartvg.evaluation.report import Comparison, ConventionReport, FileScores, Report, render, render_conventions
+from tartvg.evaluation.score import ALL_THRESHOLDS, RULES, paired_p_value, score
 from tartvg.records import dumps, write_atomic
-from tartvg.types import Estimate, GroundingSample, Prediction, Scorecard
+from tartvg.types import GroundingSample, Prediction
+
+ALL = "all"
+"""In place of a convention's name."""
+MAX_UNREAD = 0.1
+"""Share of the texts: what more than this means is most likely another wording."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,9 @@ class Options:
     predictions: tuple[Path, ...]
     """One file, or two to compare."""
     split: str
-    rule: Rule
-    is_strict: bool
-    is_clipped: bool
-    is_only_predicted: bool
+    convention: Convention
+    is_under_all: bool
+    """Score under every convention instead."""
     resamples: int
     seed: int
     json: Path | None
@@ -48,48 +56,10 @@ class Options:
         for name in ("resamples", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must be >= 0, got {getattr(self, name)}")
+        if self.is_under_all and len(self.predictions) > 1:
+            raise ValueError("--convention all takes one file: leave --predictions-b out")
         if self.json is not None:
             _check_place(self.json)
-
-
-@dataclass(frozen=True)
-class FileScores:
-    """Everything about one prediction file."""
-
-    path: str
-    sha256: str
-    format: str
-    scorecard: Scorecard
-    detection: DetectionScores | None = None
-    """QVHighlights only, as is `by_length`."""
-    by_length: dict[str, LengthScores] | None = None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """b - a in mIoU and its two-sided p-value (paired sign-flip test by video)."""
-
-    miou_difference: float
-    p_value: float
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `--json` writes."""
-
-    dataset: str
-    split: str
-    annotations: dict[str, str]
-    """File -> SHA-256."""
-    num_queries: int
-    num_videos: int
-    quirks: str
-    rule: str
-    is_strict: bool
-    is_clipped: bool
-    is_only_predicted: bool
-    files: tuple[FileScores, ...]
-    comparison: Comparison | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     try:
         options = _options(parsed)
-        report = evaluate(options)
-        print(render(report))
+        report: Report | ConventionReport = evaluate_under_all(options) if options.is_under_all else evaluate(options)
+        print(render(report) if isinstance(report, Report) else render_conventions(report))
         if options.json is not None:
             write_atomic(options.json, dumps(report) + "\n")
     except (ValueError, OSError) as error:
@@ -115,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--predictions", required=True, type=Path, metavar="FILE")
     add("--predictions-b", type=Path, metavar="FILE", help="a second file, compared with the first")
     add("--split", choices=SPLITS, help="what the annotations are (default: test; QVHighlights: val)")
-    add("--rule", choices=RULES, default="best", help="the truth where a query has several windows (default: best)")
+    add("--convention", choices=[*CONVENTIONS, ALL], default="ours", help="whose rules, before those given below")
+    add("--reading", choices=READINGS, help="how texts are read (default: answers as stored, other texts strictly)")
+    add("--rule", choices=RULES, help="the truth where a query has several windows (ours: best)")
     add("--strict", action="store_true", help="R1 counts IoU > threshold instead of >=")
     add("--raw-windows", action="store_true", help="keep windows that end after their video as annotated")
     add("--only-predicted", action="store_true", help="leave queries without any prediction out of the denominator")
@@ -126,16 +98,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _options(parsed: argparse.Namespace) -> Options:
-    name = DatasetName(parsed.dataset)
+    name, is_under_all = DatasetName(parsed.dataset), parsed.convention == ALL
+    given = (parsed.reading, parsed.rule, parsed.strict, parsed.raw_windows, parsed.only_predicted)
+    if is_under_all and any(given):
+        raise ValueError("--convention all sets --reading, --rule, --strict, --raw-windows and --only-predicted itself")
+    base = CONVENTIONS["ours" if is_under_all else parsed.convention]
     return Options(
         dataset=name,
         annotations=tuple(parsed.annotations),
         predictions=tuple(path for path in (parsed.predictions, parsed.predictions_b) if path is not None),
         split=parsed.split or ("val" if name is DatasetName.qvhighlights else "test"),
-        rule=parsed.rule,
-        is_strict=parsed.strict,
-        is_clipped=not parsed.raw_windows,
-        is_only_predicted=parsed.only_predicted,
+        convention=replace(
+            base,
+            reading=parsed.reading or base.reading,
+            rule=parsed.rule or base.rule,
+            is_strict=parsed.strict or base.is_strict,
+            is_clipped=base.is_clipped and not parsed.raw_windows,
+            is_only_predicted=parsed.only_predicted or base.is_only_predicted,
+        ),
+        is_under_all=is_under_all,
         resamples=parsed.resamples,
         seed=parsed.seed,
         json=parsed.json,
@@ -154,37 +135,74 @@ def _check_place(path: Path) -> None:
         raise ValueError(f"--json {path}: {above} is no folder that can be written to")
 
 
+@dataclass(frozen=True)
+class _Read:
+    """The files of a command line, read under its convention."""
+
+    annotations: Annotations
+    predictions: list[Predictions]
+    samples: list[GroundingSample]
+    """The denominator."""
+    answers: list[list[Prediction]]
+    """Of each prediction file, those that answer one of the `samples`."""
+
+
+def _read(options: Options) -> _Read:
+    convention = options.convention
+    late_windows: LateWindows = "clip" if convention.is_clipped else "keep"
+    annotations = read_files(options.dataset, options.annotations, options.split, late_windows=late_windows)
+    read = [read_predictions(path, annotations.samples, convention.reading) for path in options.predictions]
+    samples = _denominator(annotations, read, convention.is_only_predicted)
+    ids = {s.sample_id for s in samples}
+    answers = [
+        [rounded(p, convention.rounding) for p in predictions.items if p.sample_id in ids] for predictions in read
+    ]
+    return _Read(annotations, read, samples, answers)
+
+
 def evaluate(options: Options) -> Report:
     """Read and score. Raises ValueError naming what cannot be used."""
-    annotations = read_files(
-        options.dataset, options.annotations, options.split, late_windows="clip" if options.is_clipped else "keep"
-    )
-    read = [read_predictions(path, annotations.samples) for path in options.predictions]
-    samples = _denominator(annotations, read, options.is_only_predicted)
-    ids = {s.sample_id for s in samples}
-    answers = [[p for p in predictions.items if p.sample_id in ids] for predictions in read]
+    read, convention = _read(options), options.convention
     files = tuple(
-        _score_file(path, predictions, items, samples, options)
-        for path, predictions, items in zip(options.predictions, read, answers, strict=True)
+        _score_file(path, predictions, items, read.samples, options)
+        for path, predictions, items in zip(options.predictions, read.predictions, read.answers, strict=True)
     )
     comparison = None
     if len(files) == 2:
         a, b = (file.scorecard.miou.value for file in files)
-        p_value = paired_p_value(samples, answers[0], answers[1], rule=options.rule, seed=options.seed)
+        first, second = read.answers
+        p_value = paired_p_value(read.samples, first, second, rule=convention.rule, seed=options.seed)
         comparison = Comparison(b - a, p_value)
     return Report(
         dataset=options.dataset.value,
         split=options.split,
         annotations={str(path): _sha256(path) for path in options.annotations},
-        num_queries=len(samples),
-        num_videos=len({s.video for s in samples}),
-        quirks=annotations.quirks.summary(),
-        rule=options.rule,
-        is_strict=options.is_strict,
-        is_clipped=options.is_clipped,
-        is_only_predicted=options.is_only_predicted,
+        num_queries=len(read.samples),
+        num_videos=len({s.video for s in read.samples}),
+        quirks=read.annotations.quirks.summary(),
+        convention=convention,
         files=files,
         comparison=comparison,
+    )
+
+
+def evaluate_under_all(options: Options) -> ConventionReport:
+    """Score one prediction file under every convention, without intervals. Raises ValueError as `evaluate` does."""
+    path = options.predictions[0]
+    cards = {}
+    for name, convention in CONVENTIONS.items():
+        read = _read(replace(options, convention=convention))
+        cards[name] = score(
+            read.samples, read.answers[0], ALL_THRESHOLDS, convention.rule, convention.is_strict, resamples=0
+        )
+    return ConventionReport(
+        dataset=options.dataset.value,
+        split=options.split,
+        annotations={str(path): _sha256(path) for path in options.annotations},
+        path=str(path),
+        sha256=_sha256(path),
+        conventions=dict(CONVENTIONS),
+        scorecards=cards,
     )
 
 
@@ -206,58 +224,27 @@ def _score_file(
     options: Options,
 ) -> FileScores:
     """`items` are those of the `predictions` that answer one of the `samples`."""
-    rule, strict = options.rule, options.is_strict
+    rule, strict = options.convention.rule, options.convention.is_strict
     card = score(samples, items, ALL_THRESHOLDS, rule, strict, options.resamples, options.seed)
     detection, by_length = None, None
     if options.dataset is DatasetName.qvhighlights:
         ranking = predictions.ranking()
         detection = mean_average_precision(samples, ranking)
         by_length = scores_by_length(samples, items, ranking, rule, strict)
-    return FileScores(str(path), _sha256(path), predictions.format, card, detection, by_length)
+    warning = unread_warning(items)
+    return FileScores(str(path), _sha256(path), predictions.format, card, warning, detection, by_length)
+
+
+def unread_warning(items: Sequence[Prediction]) -> str | None:
+    """What to say when more than `MAX_UNREAD` of the texts that are scored are unread; None otherwise."""
+    texts = [p for p in items if p.sample_index == 0 and p.text.strip()]
+    unread = [p.text for p in texts if p.answer is None]
+    if len(unread) <= MAX_UNREAD * len(texts):
+        return None
+    name, count = best_reading(unread)
+    advice = f"--reading {name} reads {count} of them" if count else "no --reading reads them"
+    return f"{len(unread)} of {len(texts)} texts are unread, the first is {shorten(unread[0])}; {advice}"
 
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def render(report: Report) -> str:
-    """The report as text: conventions first, then the numbers, in percent."""
-    denominator = "queries that every file answers" if report.is_only_predicted else "every annotated query"
-    sign = ">" if report.is_strict else ">="
-    lines = [
-        f"{report.dataset} {report.split}: {report.num_queries} queries about {report.num_videos} videos",
-        f"  annotations   {report.quirks}",
-        f"  denominator   {denominator}",
-        f"  several windows: {report.rule}; R1@t: IoU {sign} t; "
-        f"windows {'cut at the end of the video' if report.is_clipped else 'as annotated'}",
-    ]
-    for file in report.files:
-        lines += ["", *_render_file(file)]
-    if report.comparison is not None:
-        difference, p = report.comparison.miou_difference, report.comparison.p_value
-        lines += ["", f"second - first: mIoU {100 * difference:+.2f}, p = {p:.4f} (paired sign flips by video)"]
-    return "\n".join(lines)
-
-
-def _render_file(file: FileScores) -> list[str]:
-    card = file.scorecard
-    lines = [
-        f"{file.path} ({file.format})",
-        f"  unparsed {card.num_unparsed}, missing {card.num_missing}: both count as IoU 0",
-        f"  {'':<10}{'value':>7}   95 % interval (bootstrap by video)",
-    ]
-    estimates: list[tuple[str, Estimate]] = [("mIoU", card.miou)]
-    estimates += [(f"R1@{t:g}", estimate) for t, estimate in card.recall.items()]
-    lines += [f"  {name:<10}{100 * e.value:7.2f}   {100 * e.low:.2f} to {100 * e.high:.2f}" for name, e in estimates]
-    if file.detection is None or file.by_length is None:
-        return lines
-    head: list[Any] = ["", "queries", "mIoU", "R1@0.5", "R1@0.7", "mAP", "mAP@0.5", "mAP@0.75"]
-    rows = [(name, part) for name, part in file.by_length.items()]
-    recall = {t: e.value for t, e in card.recall.items()}
-    rows.append(("full", LengthScores(card.num_queries, card.miou.value, recall, file.detection)))
-    lines += ["", "  " + f"{head[0]:<10}" + "".join(f"{cell:>10}" for cell in head[1:])]
-    for name, part in rows:
-        found = part.detection
-        values = (part.miou, part.recall[0.5], part.recall[0.7], found.average, found.at[0.5], found.at[0.75])
-        lines.append(f"  {name:<10}{part.num_queries:>10}" + "".join(f"{100 * value:10.2f}" for value in values))
-    return lines

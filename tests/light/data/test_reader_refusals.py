@@ -3,6 +3,7 @@ about something else than the query that they name."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import time
@@ -19,7 +20,8 @@ from tartvg.data.annotations import ReadOptions
 from tartvg.data.datasets import load_samples
 from tartvg.data.packets import FORMATS, VideoError, open_video
 from tartvg.data.video import read_clip
-from tartvg.evaluation.formats import _Index, read_predictions
+from tartvg.evaluation.formats import read_predictions
+from tartvg.evaluation.naming import Clues, Index
 from tartvg.records import to_json
 from tartvg.types import GroundingSample, Prediction, Span
 
@@ -104,6 +106,8 @@ def test_links_inside_the_cache_of_the_hub_are_followed(tmp_path: Path) -> None:
         ({"duration": 0}, "duration must be > 0"),
         ({"duration": None}, "duration must be a number"),
         ({"sample_id": 7}, "sample_id must be a string"),
+        ({"split": "validation"}, "split must be one of train, val, test, got 'validation'"),
+        ({"split": None}, "split must be a string"),
     ],
 )
 def test_values_that_are_refused_by_file_and_line(tmp_path: Path, changes: dict[str, object], message: str) -> None:
@@ -114,7 +118,10 @@ def test_values_that_are_refused_by_file_and_line(tmp_path: Path, changes: dict[
 def test_files_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "test.json"
     for content, message in [
-        (b"\xff\xfe", "not UTF-8"),
+        (b"\x80{}", "not UTF-8 at byte 0"),
+        (b"\xff\xfe{", "not UTF-16 at byte 2"),
+        (b"\x1f\x8b\x08", "not usable as gzip"),
+        (gzip.compress(b"[]")[:-9], "not usable as gzip"),
         (b"[", "not usable as JSON"),
         (b"[" * 100_000, "not usable as JSON"),
         (b'{"v": {}, "v": {}}', "'v' is there twice"),
@@ -129,8 +136,12 @@ def test_files_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         activitynet.read([tmp_path / "nowhere.json"], TEST)
     with pytest.raises(ValueError, match="directory"):
         activitynet.read([tmp_path], TEST)
+    path.write_bytes(gzip.compress(b" " * 1000))
+    monkeypatch.setattr("tartvg.data.parsing.MAX_FILE_BYTES", 100)
+    with pytest.raises(ValueError, match="unpacks to more than 100 bytes"):
+        activitynet.read([path], TEST)
     monkeypatch.setattr("tartvg.data.parsing.MAX_FILE_BYTES", 1)
-    with pytest.raises(ValueError, match="2 bytes"):
+    with pytest.raises(ValueError, match=r"\d+ bytes; an annotation file"):
         activitynet.read([path], TEST)
 
 
@@ -230,8 +241,8 @@ def answered(sample: GroundingSample, span: Span) -> Prediction:
 def named(ids: list[str], *names: object) -> list[str]:
     """The ids of the samples that completions with these names are taken for."""
     samples = [GroundingSample(i, Path("v.mp4"), "q", (Span(0, 2),), 9.0, "test") for i in ids]
-    index = _Index(samples)
-    return [index.named(str(name), "f").sample_id for name in names]
+    index = Index(samples)
+    return [index.find(Clues(name=str(name)), "f").sample_id for name in names]
 
 
 def test_a_number_in_a_name_is_never_a_position() -> None:
@@ -244,7 +255,7 @@ def test_a_number_in_a_name_is_never_a_position() -> None:
     captions = ["activitynet_test_v_a_0", "activitynet_test_v_a_2", "activitynet_test_v_b_2"]
     assert named(captions, "v_b_2", "test_v_a_2", captions[0]) == [captions[2], captions[1], captions[0]]
     assert named(["tacos_test_s13-d21_0", "tacos_test_s13-d25_0"], "s13-d25_0") == ["tacos_test_s13-d25_0"]
-    assert named(["my_clips_0", "my_clips_17"], 17, "clips_17") == ["my_clips_17"] * 2
+    assert named(["my_clips_0", "my_clips_17"], 17, "clips_17", "Clips_17") == ["my_clips_17"] * 3
     for ids, name in [
         (rows, 2), (rows, "3MSZA_1"), (rows, "charades_test_1"), (rows, "data_1"), (highlights, 0), (captions, 2),
         (captions, "activitynet_1"), (captions, "v_c_1"), (["a", "test_1"], "1"),

@@ -247,7 +247,7 @@ def test_charades_needs_lengths_that_are_numbers(tmp_path: Path) -> None:
     for length in ("", "-3", "0", "nan"):
         with pytest.raises(ValueError, match=r"v1\.csv, line 2: duration must"):
             charades_sta.read(charades(tmp_path, "A1 1 2##x\n", f"A1,{length}\n"), TEST)
-    with pytest.raises(ValueError, match=r"one \.txt or \.json"):
+    with pytest.raises(ValueError, match=r"one \.txt, \.json or \.jsonl"):
         charades_sta.read(paths[1:], TEST)
 
 

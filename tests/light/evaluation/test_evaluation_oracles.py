@@ -306,8 +306,8 @@ def test_formats_of_other_works(tmp_path: Path) -> None:
     assert read.ranking()["qvhighlights_7"] == ((Span(3, 4), 0.1), (Span(0, 2), 0.9))
     for change, message in [
         ({"vid": "z"}, "line 1: video 'z', but qvhighlights_7 is about x_0_9.mp4"),
-        ({"qid": 9}, "'qvhighlights_9' is not among"),
-        ({"qid": "7"}, "qid must be a whole number"),
+        ({"qid": 9, "query": "a cat"}, "'9' is not among"),
+        ({"qid": 7.0}, "the id must be a whole number"),
         ({"query": "a cat"}, "query 'a cat'"),
         ({"pred_relevant_windows": [[1]]}, r"a window is \[start, end, score\]"),
     ]:
