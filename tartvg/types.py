@@ -49,7 +49,7 @@ class GroundingSample:
 
     @property
     def target(self) -> Span:
-        """The first ground-truth window: what training rewards."""
+        """The first ground-truth window; `reward.truth` says what training makes of the others."""
         return self.windows[0]
 
 

@@ -24,6 +24,7 @@ from tartvg.config.choices import (
     StageName,
     StageStopped,
     TrackingMode,
+    Truth,
     require,
 )
 from tartvg.config.dataset import DatasetConfig, PlantedConfig
@@ -78,6 +79,7 @@ __all__ = [
     "TrackingConfig",
     "TrackingMode",
     "TrainerConfig",
+    "Truth",
     "ValidationConfig",
     "Zero3Config",
     "policy_label",

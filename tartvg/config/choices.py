@@ -56,6 +56,14 @@ class IouKind(Enum):
     hard = "hard"
 
 
+class Truth(Enum):
+    """Which window of a query with several ones an answer is compared with; `all` is their union."""
+
+    first = "first"
+    best = "best"
+    all = "all"
+
+
 class CountPenalty(Enum):
     """TAR2's form; the paper does not state it."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from tartvg.config import Config, SettingError
+from tartvg.config import Config, SettingError, Truth
 from tartvg.data.clips import DECODERS, ClipReader
 from tartvg.data.datasets import load_samples
 from tartvg.policy.features import FeatureCache
@@ -32,6 +33,18 @@ def prompts_of(config: Config, split: str) -> list[Prompt]:
     if not samples:
         raise SettingError(f"dataset={config.dataset.name.value} has no samples in split {split}")
     return [build_prompt(s, config.anchors) for s in samples]
+
+
+def say_windows(stage: str, prompts: Sequence[Prompt], rule: Truth) -> None:
+    """Print how many queries `reward.truth` concerns; nothing where none has several windows."""
+    count = sum(len(p.sample.windows) > 1 for p in prompts)
+    if count:
+        what = {
+            Truth.first: "rewards the first window alone",
+            Truth.best: "compares each answer with the window of highest soft IoU",
+            Truth.all: "compares each answer with the union of the windows",
+        }[rule]
+        print(f"{stage}: {count} of {len(prompts)} queries have several windows; reward.truth={rule.value} {what}")
 
 
 @lru_cache(maxsize=2)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tartvg.config import Config, GrpoConfig, require
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.rewards import Rubric
-from tartvg.stages.common import adapter_of, base_identity, prompts_of
+from tartvg.stages.common import adapter_of, base_identity, prompts_of, say_windows
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.stages.memory import refuse_what_cannot_fit
 from tartvg.stages.train import Setup, train_stage
@@ -64,6 +64,8 @@ def own_settings(settings: GrpoConfig) -> GrpoConfig:
 def _train(config: Config, stage: str, folder: Path, start: Path | None, max_steps: int) -> None:
     with distributed.rank_zero_first():
         prompts = prompts_of(config, "train")
+        if distributed.is_rank_zero():
+            say_windows(stage, prompts, config.reward.truth)
     refuse_what_cannot_fit(config)
 
     def make_module(setup: Setup) -> GrpoModule:

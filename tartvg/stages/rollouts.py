@@ -14,7 +14,7 @@ from tartvg.grpo.metrics import rollout_metrics
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import read_jsonl, to_json
 from tartvg.rewards import Rubric
-from tartvg.stages.common import base_identity, keep_before, load_policy, prompts_of
+from tartvg.stages.common import base_identity, keep_before, load_policy, prompts_of, say_windows
 from tartvg.stages.folder import StageFolder, run_dir
 from tartvg.tracking import Tracker
 from tartvg.training.batches import StepDataset
@@ -44,6 +44,7 @@ def run_rollouts(config: Config) -> None:
 
 def _draw(config: Config, folder: Path, max_steps: int) -> None:
     prompts = prompts_of(config, "train")
+    say_windows(STAGE, prompts, config.reward.truth)
     run = StageRun(STAGE, folder, config.seed, max_steps, config.trainer.checkpoint_every)
     start = _finished_steps(folder / "metrics.jsonl")
     keep_before(folder / "rollouts.jsonl", start)

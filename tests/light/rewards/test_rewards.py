@@ -46,7 +46,7 @@ def with_ious(*ious: float) -> str:
 def scored(*ious: float, faults: tuple[Fault, ...] = (), **reward: object) -> ScoredResponse:
     """A response with anchors of these IoUs."""
     response = Response((Span(1, 2),) * len(ious), Span(1, 2), faults)
-    return ScoredResponse(response, sample(), ious, RewardConfig(**reward), AnchorsConfig())  # type: ignore[arg-type]
+    return ScoredResponse(response, sample(), (TRUTH,), ious, RewardConfig(**reward), AnchorsConfig())  # type: ignore[arg-type]
 
 
 def published(reward: RewardBreakdown) -> dict[str, float]:
