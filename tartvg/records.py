@@ -122,6 +122,7 @@ def sample_from_json(value: dict[str, Any]) -> GroundingSample:
         duration=value["duration"],
         split=value["split"],
         tags=tuple(value.get("tags", ())),
+        source=value.get("source", ""),
     )
 
 

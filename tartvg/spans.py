@@ -69,9 +69,9 @@ def soft_iou_with_union(prediction: Span, windows: tuple[Span, ...]) -> float:
     """Soft IoU of one span A with the union W of several windows, in (-1, 1]; 0 without windows.
 
     (|A and W| - g) / (|A or W| + g), where g is the distance in seconds between A and the nearest part of W. Two
-    disjoint intervals leave a gap g inside their hull, which is thus |A or B| + g, and `soft_iou` is -g / (|A or B| + g);
-    W in the place of B gives the form above. So it is `iou_with_union` where A and W overlap, 0 where they touch, and
-    falls towards -1 the farther A is from the nearest part. One window gives `soft_iou`, to the bit.
+    disjoint intervals A and B leave a gap g inside their hull, which is thus |A or B| + g long, so their `soft_iou` is
+    -g / (|A or B| + g); W in the place of B gives the form above. It is `iou_with_union` where A and W overlap, 0 where
+    they touch, and falls towards -1 the farther A is from the nearest part. One window gives `soft_iou`, to the bit.
     """
     parts = union(windows)
     if len(parts) < 2:

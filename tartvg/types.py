@@ -46,6 +46,13 @@ class GroundingSample:
     """`train`, `val` or `test`."""
     tags: tuple[str, ...] = ()
     """Free labels for reports, such as the kind of event."""
+    source: str = ""
+    """The part of a mix that it comes from, with which its id begins; empty without a mix."""
+
+    @property
+    def own_id(self) -> str:
+        """The id inside its data set, without the part of a mix."""
+        return self.sample_id.removeprefix(f"{self.source}/")
 
     @property
     def target(self) -> Span:

@@ -93,7 +93,10 @@ def register() -> None:
     """Make the schema known to Hydra as `schema`, the first entry of the defaults list, and the resolvers of YAML."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=Config)
+    schema = OmegaConf.structured(Config)
+    for names in (schema.dataset.parts, schema.dataset.sources):
+        OmegaConf.set_struct(names, False)  # their keys are the user's
+    ConfigStore.instance().store(name="schema", node=schema)
     register_resolvers()
 
 

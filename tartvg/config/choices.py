@@ -37,7 +37,7 @@ class StageName(Enum):
 
 
 class DatasetName(Enum):
-    """Readers in `tartvg.data`, one file each."""
+    """Readers in `tartvg.data`, one file each; `mix` puts several of them together."""
 
     planted = "planted"
     planted_long = "planted_long"
@@ -47,6 +47,7 @@ class DatasetName(Enum):
     tacos = "tacos"
     tvgbench = "tvgbench"
     jsonl = "jsonl"
+    mix = "mix"
 
 
 class IouKind(Enum):

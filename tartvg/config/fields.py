@@ -15,7 +15,7 @@ RANGE = "range"
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a setting may take. Each item of a list must be one of them."""
+    """The values that a setting may take. Each item of a list, and each value of a map, must be one of them."""
 
     above: float | None = None
     at_least: float | None = None
@@ -26,9 +26,9 @@ class Range:
     """A reason, in words; shown behind the bound."""
 
     def holds(self, value: Any) -> bool:
-        """Whether the value, or every item of a list, lies inside. Never true of NaN."""
-        if isinstance(value, list):
-            return all(map(self.holds, value))
+        """Whether the value, or every item of a list or map, lies inside. Never true of NaN."""
+        if isinstance(value, list | dict):
+            return all(map(self.holds, value.values() if isinstance(value, dict) else value))
         if self.among:
             return value in self.among
         return (
@@ -61,18 +61,19 @@ def setting(
     among: tuple[str, ...] = (),
     because: str = "",
 ) -> Any:
-    """Make a dataclass field of a default and a range. A list is copied for each object."""
+    """Make a dataclass field of a default and a range. A list or map is copied for each object."""
     metadata = {RANGE: Range(above, at_least, below, at_most, among, because)}
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def range_of(known: dataclasses.Field[Any]) -> str:
-    """Word the range of a field, with null and lists where its type has them; empty without a range."""
+    """Word the range of a field, with null, lists and maps where its type has them; empty without a range."""
     if RANGE not in known.metadata:
         return ""
-    prefix = "a list " if str(known.type).startswith("list") else "null or " if is_optional(known) else ""
+    words = {"list": "a list ", "dict": "a map to numbers "}
+    prefix = words.get(str(known.type).partition("[")[0], "null or " if is_optional(known) else "")
     return f"{prefix}{known.metadata[RANGE]}"
 
 

@@ -15,6 +15,7 @@ from tartvg.report.curves import draw_panels
 from tartvg.report.faithfulness import controls_table
 from tartvg.report.paper import paper_tables
 from tartvg.report.runs import TARGETS, RunFolder, first_and_last_groups, read_run
+from tartvg.report.sources import source_tables
 from tartvg.report.strips import ANCHOR_COLOUR, ANSWER_COLOUR, TRUTH_COLOUR
 from tartvg.report.style import CSS
 from tartvg.report.tables import Table, filter_table, percent, seconds_table, stage_table, throughput_table, to_html
@@ -40,6 +41,7 @@ def build_report(
     run = read_run(run_dir)
     sections = [
         ("scores", "Scores", _scores(run)),
+        ("sources", "Sources", "".join(map(to_html, source_tables(run.path, run.metrics)))),
         ("faithfulness", "Faithfulness", _table(controls_table(run.path))),
         ("alarms", "Alarms", _table(alarms_table(run.path))),
         ("curves", "Training curves", _curves(run)),

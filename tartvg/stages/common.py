@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -30,9 +31,21 @@ def prompts_of(config: Config, split: str) -> list[Prompt]:
         samples = load_samples(config.dataset, split)
     except ValueError as error:  # a file that is refused is the user's to correct
         raise SettingError(f"dataset={config.dataset.name.value}: {error}") from error
-    if not samples:
-        raise SettingError(f"dataset={config.dataset.name.value} has no samples in split {split}")
+    known = {sample.source for sample in samples}
+    for name in config.dataset.parts or [""]:
+        if name not in known:
+            raise SettingError(f"dataset={name or config.dataset.name.value} has no samples in split {split}")
     return [build_prompt(s, config.anchors) for s in samples]
+
+
+def first_of(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """The first `limit` prompts in their order, of a mix equally many of each source as far as it has them."""
+    turns: Counter[str] = Counter()
+    ranked = []
+    for index, prompt in enumerate(prompts):
+        ranked.append((turns[prompt.sample.source], index))
+        turns[prompt.sample.source] += 1
+    return [prompts[index] for index in sorted(index for _, index in sorted(ranked)[:limit])]
 
 
 def say_windows(stage: str, prompts: Sequence[Prompt], rule: Truth) -> None:

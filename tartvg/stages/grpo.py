@@ -77,7 +77,9 @@ def _train(config: Config, stage: str, folder: Path, start: Path | None, max_ste
 
     def make_steps(start_step: int) -> StepDataset:
         share = (distributed.rank(), distributed.world_size())
-        return StepDataset(prompts, config.grpo.prompts_per_step, config.seed, start_step, max_steps, share)
+        return StepDataset(
+            prompts, config.grpo.prompts_per_step, config.seed, start_step, max_steps, share, config.dataset.parts
+        )
 
     train_stage(
         config, stage, folder, max_steps, start, make_module, make_steps,

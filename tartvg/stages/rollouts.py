@@ -51,7 +51,9 @@ def _draw(config: Config, folder: Path, max_steps: int) -> None:
     tracker = Tracker(folder, config.tracking, config.name, STAGE, to_json(config), config.seed, start)
     rubric = Rubric(config.reward, config.anchors)
     module = GrpoModule(load_policy(config, None), rubric, config.grpo, config.anchors, run, tracker)
-    steps = StepDataset(prompts, config.grpo.prompts_per_step, config.seed, start, max_steps)
+    steps = StepDataset(
+        prompts, config.grpo.prompts_per_step, config.seed, start, max_steps, weights=config.dataset.parts
+    )
     with tracker, torch.no_grad():
         for batch in StepLoader(steps, module.policy, config.trainer.num_workers):
             groups = [group for _, _, group in module.sample_and_score(module.prepare(batch), batch.step)]

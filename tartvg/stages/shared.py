@@ -24,7 +24,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tartvg.config import Config, DatasetConfig, DatasetName
+from tartvg.config import Config, DatasetConfig
+from tartvg.data.datasets import DRAWN
 from tartvg.records import write_atomic
 
 PLACE = ".shared"
@@ -32,7 +33,6 @@ OF_THE_RUN = ("manifest.json", "config.yaml", "wandb_id")
 """Files of a stage's folder that say whose it is."""
 NOT_RESULTS = ("checkpoints", "wandb", "batches")
 """Folders that a finished stage does not need."""
-DRAWN = (DatasetName.planted, DatasetName.planted_long)
 
 
 @lru_cache(maxsize=1)
@@ -52,6 +52,8 @@ def data_identity(settings: DatasetConfig) -> str:
 
     A link to nothing is no video.
     """
+    if settings.sources:
+        return " ".join(f"{name}={data_identity(part)}" for name, part in settings.sources.items())
     if settings.name in DRAWN:
         return "drawn"  # by the code, from the settings
     digest = hashlib.sha256()
