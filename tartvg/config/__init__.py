@@ -14,6 +14,7 @@ from tartvg.config.choices import (
     Aggregation,
     CountPenalty,
     DatasetName,
+    DifficultyRule,
     ImportanceLevel,
     IouKind,
     KlEstimator,
@@ -28,6 +29,7 @@ from tartvg.config.choices import (
     require,
 )
 from tartvg.config.dataset import DatasetConfig, PlantedConfig
+from tartvg.config.difficulty import DifficultyConfig
 from tartvg.config.errors import refuse_unknown_keys
 from tartvg.config.evaluate import ControlName, EvaluateConfig, FaithfulnessConfig, policy_label
 from tartvg.config.grpo import GrpoConfig, SamplingConfig
@@ -50,6 +52,8 @@ __all__ = [
     "CountPenalty",
     "DatasetConfig",
     "DatasetName",
+    "DifficultyConfig",
+    "DifficultyRule",
     "EvaluateConfig",
     "FaithfulnessConfig",
     "FilterConfig",

@@ -73,6 +73,15 @@ class CountPenalty(Enum):
     indicator = "indicator"
 
 
+class DifficultyRule(Enum):
+    """Which training queries are kept by the success of the untouched base."""
+
+    all = "all"
+    band = "band"
+    gaussian = "gaussian"
+    undecided = "undecided"
+
+
 class PromptStyle(Enum):
     """`tar` asks for anchors, `timezero` is the baseline's published prompt."""
 

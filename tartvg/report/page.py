@@ -12,6 +12,7 @@ from tartvg.report.alarms import alarms_table
 from tartvg.report.cards import case_html, choose_cases, rollouts_html
 from tartvg.report.compare import pooled_p_value
 from tartvg.report.curves import draw_panels
+from tartvg.report.difficulty import difficulty_tables
 from tartvg.report.faithfulness import controls_table
 from tartvg.report.paper import paper_tables
 from tartvg.report.runs import TARGETS, RunFolder, first_and_last_groups, read_run
@@ -45,6 +46,7 @@ def build_report(
         ("faithfulness", "Faithfulness", _table(controls_table(run.path))),
         ("alarms", "Alarms", _table(alarms_table(run.path))),
         ("curves", "Training curves", _curves(run)),
+        ("difficulty", "Difficulty", "".join(map(to_html, difficulty_tables(run.path)))),
         ("filter", "Filter", _filter(run)),
         ("time", "Time", _time(run)),
         ("examples", "Test queries", _examples(run, samples_by_id)),

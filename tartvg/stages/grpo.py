@@ -9,6 +9,7 @@ from tartvg.config import Config, GrpoConfig, require
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.rewards import Rubric
 from tartvg.stages.common import adapter_of, base_identity, prompts_of, say_windows
+from tartvg.stages.difficulty import choose, difficulty_key
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.stages.memory import refuse_what_cannot_fit
 from tartvg.stages.train import Setup, train_stage
@@ -48,7 +49,7 @@ def run_grpo(config: Config, stage: str) -> None:
         "reward": config.reward, "grpo": own_settings(config.grpo), "max_steps": max_steps, "seed": config.seed,
         "base": base_identity(config),
         "adapter": None if start is None else fingerprint(start), "threads": config.trainer.num_threads,
-        **validation_key(config),
+        **validation_key(config), **difficulty_key(config),
     }  # fmt: skip
     place = StageFolder(run_dir(config) / stage, config, key)
     with place.work() as is_needed:
@@ -64,6 +65,7 @@ def own_settings(settings: GrpoConfig) -> GrpoConfig:
 def _train(config: Config, stage: str, folder: Path, start: Path | None, max_steps: int) -> None:
     with distributed.rank_zero_first():
         prompts = prompts_of(config, "train")
+        prompts = choose(config, stage, folder, prompts, is_writing=distributed.is_rank_zero())
         if distributed.is_rank_zero():
             say_windows(stage, prompts, config.reward.truth)
     refuse_what_cannot_fit(config)

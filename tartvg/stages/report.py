@@ -18,6 +18,7 @@ from tartvg.report.cells import (
     read_sweep_folder,
 )
 from tartvg.report.compare_page import FOLDER, addresses, build_comparison, write_stage_pages
+from tartvg.report.difficulty import difficulty_tables
 from tartvg.report.export import write_tables
 from tartvg.report.faithfulness import controls_table
 from tartvg.report.page import build_report
@@ -95,6 +96,7 @@ def _tables(run: RunFolder) -> list[Table]:
         *source_tables(run.path, run.metrics),
         controls_table(run.path),
         alarms_table(run.path),
+        *difficulty_tables(run.path),
         filter_table(run.filtered) if run.filtered else None,
         seconds_table(run.metrics, run.manifests),
         throughput_table(run.metrics),

@@ -1,6 +1,8 @@
 """rollouts: what grpo1 would draw if it never learned. The untouched base answers the prompts of grpo1's steps.
 
-Its rollouts feed the filter where SFT is to come before any reinforcement learning (filter.source=rollouts).
+Its rollouts feed the filter where SFT is to come before any reinforcement learning (filter.source=rollouts). They also
+say how hard each query is: difficulty.jsonl is what `difficulty` selects by, and with difficulty.passes every training
+query is asked so many times.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import read_jsonl, to_json
 from tartvg.rewards import Rubric
 from tartvg.stages.common import base_identity, keep_before, load_policy, prompts_of, say_windows
+from tartvg.stages.difficulty import write_difficulties
 from tartvg.stages.folder import StageFolder, run_dir
 from tartvg.tracking import Tracker
 from tartvg.training.batches import StepDataset
@@ -26,24 +29,29 @@ STAGE = "rollouts"
 
 
 def run_rollouts(config: Config) -> None:
-    """Write `<run>/rollouts/rollouts.jsonl` and its metrics; interrupted, it goes on with the next step."""
+    """Write rollouts, difficulties and metrics into `<run>/rollouts/`; interrupted, it goes on with the next step."""
     set_up_torch(config.trainer)
-    max_steps, settings = config.grpo.max_steps, config.grpo
+    settings, passes = config.grpo, config.difficulty.passes
     key = {
         "policy": config.policy, "dataset": config.dataset, "reward": config.reward, "prompt": config.anchors.prompt,
         "target": config.anchors.count, "cap": config.anchors.max_count, "group_size": settings.group_size,
         "prompts_per_step": settings.prompts_per_step, "sampling": settings.sampling,
-        "at_once": settings.sampling_batch_size, "max_steps": max_steps,
+        "at_once": settings.sampling_batch_size,
+        **({"passes": passes} if passes else {"max_steps": settings.max_steps}),
         "seed": config.seed, "base": base_identity(config), "threads": config.trainer.num_threads,
     }  # fmt: skip
     place = StageFolder(run_dir(config) / STAGE, config, key)
     with place.work() as is_needed:
         if is_needed:
-            _draw(config, place.folder, max_steps)
+            _draw(config, place.folder)
+            write_difficulties(place.folder)
 
 
-def _draw(config: Config, folder: Path, max_steps: int) -> None:
-    prompts = prompts_of(config, "train")
+def _draw(config: Config, folder: Path) -> None:
+    prompts, passes = prompts_of(config, "train"), config.difficulty.passes
+    per_step = config.grpo.prompts_per_step
+    max_steps = -(-passes * len(prompts) // per_step) if passes else config.grpo.max_steps
+    weights = {} if passes else config.dataset.parts
     say_windows(STAGE, prompts, config.reward.truth)
     run = StageRun(STAGE, folder, config.seed, max_steps, config.trainer.checkpoint_every)
     start = _finished_steps(folder / "metrics.jsonl")
@@ -51,9 +59,7 @@ def _draw(config: Config, folder: Path, max_steps: int) -> None:
     tracker = Tracker(folder, config.tracking, config.name, STAGE, to_json(config), config.seed, start)
     rubric = Rubric(config.reward, config.anchors)
     module = GrpoModule(load_policy(config, None), rubric, config.grpo, config.anchors, run, tracker)
-    steps = StepDataset(
-        prompts, config.grpo.prompts_per_step, config.seed, start, max_steps, weights=config.dataset.parts
-    )
+    steps = StepDataset(prompts, per_step, config.seed, start, max_steps, weights=weights)
     with tracker, torch.no_grad():
         for batch in StepLoader(steps, module.policy, config.trainer.num_workers):
             groups = [group for _, _, group in module.sample_and_score(module.prepare(batch), batch.step)]

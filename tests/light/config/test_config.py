@@ -25,7 +25,7 @@ from tartvg.launch.job import MAX_FOLDER_LENGTH, job_name
 from tartvg.launch.sweep_files import axes, cells
 from tartvg.launch.sweeps import jobs_below
 
-GROUPS = ["dataset", "anchors", "reward", "grpo", "trainer", "tracking", "monitors", "policy", "stage"]
+GROUPS = ["dataset", "difficulty", "anchors", "reward", "grpo", "trainer", "tracking", "monitors", "policy", "stage"]
 GROUND = ["video=clip.mp4", "query=a door opens"]
 """What stage=ground cannot do without."""
 PARTS = ["dataset.parts={planted: 1, planted_long: 2}"]

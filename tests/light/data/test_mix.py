@@ -55,7 +55,9 @@ def write_jsonl(folder: Path, *names: str) -> None:
     row = {"query": "a door opens", "windows": [[1, 2]], "duration": 9}
     for name in names:
         rows = [json.dumps({**row, "video": f"{name}{i}.mp4"}) for i in range(40)]
-        (folder / f"{name}.jsonl").write_text("\n".join([*rows, json.dumps({**row, "video": "x.mp4", "query": " a b"})]))
+        (folder / f"{name}.jsonl").write_text(
+            "\n".join([*rows, json.dumps({**row, "video": "x.mp4", "query": " a b"})])
+        )
 
 
 def test_samples_keep_their_source_under_ids_of_their_own(tmp_path: Path) -> None:
@@ -65,7 +67,9 @@ def test_samples_keep_their_source_under_ids_of_their_own(tmp_path: Path) -> Non
     for split in ("train", "val", "test"):
         found = load_samples(settings, split)
         assert [s.source for s in found] == ["jsonl"] * 2 + ["planted"] * 2
-        assert [s.own_id for s in found] == [s.sample_id for p in settings.sources.values() for s in load_samples(p, split)]
+        assert [s.own_id for s in found] == [
+            s.sample_id for p in settings.sources.values() for s in load_samples(p, split)
+        ]
         assert all(s.sample_id == f"{s.source}/{s.own_id}" for s in found)
     assert sample_from_json(json.loads(dumps(found[0]))) == found[0]
     whole = load_annotations(settings, "test")
