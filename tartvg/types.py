@@ -52,7 +52,7 @@ class GroundingSample:
     @property
     def own_id(self) -> str:
         """The id inside its data set, without the part of a mix."""
-        return self.sample_id.removeprefix(f"{self.source}/")
+        return self.sample_id.removeprefix(f"{self.source}/") if self.source else self.sample_id
 
     @property
     def target(self) -> Span:

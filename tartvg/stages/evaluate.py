@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tartvg.config import Config, DatasetName, SamplingConfig, SettingError, policy_label
+from tartvg.config import Config, DatasetConfig, DatasetName, SamplingConfig, SettingError, policy_label
 from tartvg.evaluation.answers import prediction
 from tartvg.evaluation.detection import mean_average_precision, ranked_answers
 from tartvg.evaluation.lengths import scores_by_length
@@ -149,20 +149,20 @@ def _score(config: Config, label: str, prompts: Sequence[Prompt], folder: Path, 
     samples = [p.sample for p in prompts]
     predictions = [prediction_from_json(row) for row in read_jsonl(folder / "predictions.jsonl")]
     data = config.dataset
-    parts = [(name, part.name, *_of_source(name, samples, predictions)) for name, part in data.sources.items()]
+    parts = [(name, part, *_of_source(name, samples, predictions)) for name, part in data.sources.items()]
     written = "predictions.jsonl"
-    for _, name, own, answers in parts or [("", data.name, samples, predictions)]:
-        if name is DatasetName.qvhighlights:
+    for _, part, own, answers in parts or [("", data, samples, predictions)]:
+        if part.name is DatasetName.qvhighlights:
             write_jsonl(folder / "submission.jsonl", submission(own, answers))
             written = "submission.jsonl"
     if not all(s.windows for s in samples):
         what = f"dataset={data.name.value}, split {config.evaluate.split}"
         print(f"{folder}: nothing was scored, because {what}, has no labels; {written} was written")
         return
-    found, metrics = _scored(config, data.name.value, data.name, samples, predictions)
-    for source, name, own, answers in parts:
+    found, metrics = _scored(config, data.name.value, data, samples, predictions)
+    for source, part, own, answers in parts:
         if own:
-            card, more = _scored(config, source, name, own, answers)
+            card, more = _scored(config, source, part, own, answers)
             found.setdefault("by_source", {})[source] = card
             metrics |= more
     write_atomic(folder / "scores.json", json.dumps(found, indent=1) + "\n")
@@ -181,18 +181,18 @@ def _of_source(
 def _scored(
     config: Config,
     label: str,
-    name: DatasetName,
+    data: DatasetConfig,
     samples: Sequence[GroundingSample],
     predictions: Sequence[Prediction],
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The scorecard of one data set as JSON, and its metrics below eval/<label>/."""
-    conventions = Conventions(is_clipped=config.dataset.late_windows != "keep")
+    conventions = Conventions(is_clipped=data.late_windows != "keep")
     rule, strict = conventions.rule, conventions.is_strict
     card = score(
         samples, predictions, ALL_THRESHOLDS, rule, strict, max_anchors=config.anchors.max_count, seed=config.seed
     )  # fmt: skip
     found, metrics = scorecard_to_json(card, conventions), scores_as_metrics(card, label)
-    if name is DatasetName.qvhighlights:
+    if data.name is DatasetName.qvhighlights:
         ranking = ranked_answers(predictions)
         detection = mean_average_precision(samples, ranking)
         by_length = scores_by_length(samples, predictions, ranking, rule, strict)

@@ -88,5 +88,5 @@ def test_the_gaussian_keeps_its_share_within_binomial_bounds(mean: float) -> Non
 
 
 def test_a_band_has_two_ends() -> None:
-    with pytest.raises(SettingError, match="difficulty.low must be <= difficulty.high"):
+    with pytest.raises(SettingError, match=r"difficulty\.low must be <= difficulty\.high"):
         DifficultyConfig(low=0.5, high=0.4)
