@@ -53,7 +53,7 @@ class DatasetConfig(Settings, path="dataset"):
     """dataset=mix: the data sets, by the names of their files in conf/dataset, and the weight of each: how often
     training draws from it, relative to the others."""
     sources: dict[str, Any] = field(default_factory=dict)
-    """dataset=mix: what differs in a part from its file, as in `dataset.sources.charades_sta.root=/elsewhere`."""
+    """dataset=mix: what differs in a part from its file, as in `dataset.sources.<part>.root=/elsewhere`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

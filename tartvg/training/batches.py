@@ -54,8 +54,8 @@ class Mixture:
         """The source of each place, by its position in `weights`."""
         self.turns = np.zeros(num_places, dtype=int)
         """How many places before have the same source."""
-        for source in range(len(shares)):
-            places = np.flatnonzero(self.drawn == source)
+        for number in range(len(shares)):
+            places = np.flatnonzero(self.drawn == number)
             self.turns[places] = np.arange(len(places))
 
     def index(self, place: int) -> int:
