@@ -94,6 +94,9 @@ def _kind(hint: Any, known: dataclasses.Field[Any]) -> str:
         return f"{next(a.__name__ for a in get_args(hint) if a is not type(None))} or null"
     if str(known.type).startswith("list"):
         return f"list of {_kind(get_args(hint)[0], dataclasses.field())}"
+    if str(known.type).startswith("dict"):
+        value = get_args(hint)[1]
+        return "settings by name" if value is Any else f"{value.__name__} by name"
     if issubclass(hint, Enum):
         return ", ".join(f"`{value.value}`" for value in hint)
     return str(hint.__name__)
@@ -106,6 +109,8 @@ def _default(known: dataclasses.Field[Any]) -> str:
 
 
 def _yaml(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_yaml(item)}' for key, item in value.items())}}}"
     if isinstance(value, list):
         return f"[{', '.join(map(_yaml, value))}]"
     if isinstance(value, Enum):

@@ -155,6 +155,7 @@ def sample_from_json(value: dict[str, Any]) -> GroundingSample:
         duration=value["duration"],
         split=value["split"],
         tags=tuple(value.get("tags", ())),
+        source=value.get("source", ""),
     )
 
 

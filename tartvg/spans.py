@@ -63,3 +63,24 @@ def iou_with_union(prediction: Span, windows: tuple[Span, ...]) -> float:
     if overlap <= 0.0:
         return 0.0
     return overlap / (prediction.length + sum(part.length for part in parts) - overlap)
+
+
+def soft_iou_with_union(prediction: Span, windows: tuple[Span, ...]) -> float:
+    """Soft IoU of one span A with the union W of several windows, in (-1, 1]; 0 without windows.
+
+    (|A and W| - g) / (|A or W| + g), where g is the distance in seconds between A and the nearest part of W. Two
+    disjoint intervals A and B leave a gap g inside their hull, which is thus |A or B| + g long, so their `soft_iou` is
+    -g / (|A or B| + g); W in the place of B gives the form above. It is `iou_with_union` where A and W overlap, 0 where
+    they touch, and falls towards -1 the farther A is from the nearest part. One window gives `soft_iou`, to the bit.
+    """
+    parts = union(windows)
+    if len(parts) < 2:
+        return soft_iou(prediction, (*parts, *windows)[0]) if windows else 0.0
+    if prediction.length < 0:
+        return min(0.0, soft_iou_with_union(Span(prediction.end, prediction.start), windows))
+    overlap = iou_with_union(prediction, windows)
+    if overlap > 0.0:
+        return overlap
+    gap = max(0.0, min(max(part.start - prediction.end, prediction.start - part.end) for part in parts))
+    covered = prediction.length + sum(part.length for part in parts)
+    return 0.0 - gap / (covered + gap)

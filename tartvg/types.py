@@ -46,10 +46,17 @@ class GroundingSample:
     """`train`, `val` or `test`."""
     tags: tuple[str, ...] = ()
     """Free labels for reports, such as the kind of event."""
+    source: str = ""
+    """The part of a mix that it comes from, with which its id begins; empty without a mix."""
+
+    @property
+    def own_id(self) -> str:
+        """The id inside its data set, without the part of a mix."""
+        return self.sample_id.removeprefix(f"{self.source}/") if self.source else self.sample_id
 
     @property
     def target(self) -> Span:
-        """The first ground-truth window: what training rewards."""
+        """The first ground-truth window; `reward.truth` says what training makes of the others."""
         return self.windows[0]
 
 

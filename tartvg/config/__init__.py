@@ -14,6 +14,7 @@ from tartvg.config.choices import (
     Aggregation,
     CountPenalty,
     DatasetName,
+    DifficultyRule,
     ImportanceLevel,
     IouKind,
     KlEstimator,
@@ -25,9 +26,11 @@ from tartvg.config.choices import (
     StageName,
     StageStopped,
     TrackingMode,
+    Truth,
     require,
 )
 from tartvg.config.dataset import DatasetConfig, PlantedConfig
+from tartvg.config.difficulty import DifficultyConfig
 from tartvg.config.errors import refuse_unknown_keys
 from tartvg.config.evaluate import ControlName, EvaluateConfig, FaithfulnessConfig, policy_label
 from tartvg.config.grpo import GrpoConfig, SamplingConfig
@@ -50,6 +53,8 @@ __all__ = [
     "CountPenalty",
     "DatasetConfig",
     "DatasetName",
+    "DifficultyConfig",
+    "DifficultyRule",
     "EvaluateConfig",
     "FaithfulnessConfig",
     "FilterConfig",
@@ -79,6 +84,7 @@ __all__ = [
     "TrackingConfig",
     "TrackingMode",
     "TrainerConfig",
+    "Truth",
     "ValidationConfig",
     "Zero3Config",
     "policy_label",
@@ -92,7 +98,10 @@ def register() -> None:
     """Make the schema known to Hydra as `schema`, the first entry of the defaults list, and the resolvers of YAML."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="schema", node=Config)
+    schema = OmegaConf.structured(Config)
+    for names in (schema.dataset.parts, schema.dataset.sources):
+        OmegaConf.set_struct(names, False)  # their keys are the user's
+    ConfigStore.instance().store(name="schema", node=schema)
     register_resolvers()
 
 

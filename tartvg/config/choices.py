@@ -40,7 +40,7 @@ class StageName(Enum):
 
 
 class DatasetName(Enum):
-    """Readers in `tartvg.data`, one file each."""
+    """Readers in `tartvg.data`, one file each; `mix` puts several of them together."""
 
     planted = "planted"
     planted_long = "planted_long"
@@ -55,6 +55,7 @@ class DatasetName(Enum):
     timelens_100k = "timelens_100k"
     timelens2_93k = "timelens2_93k"
     jsonl = "jsonl"
+    mix = "mix"
 
 
 class IouKind(Enum):
@@ -64,12 +65,29 @@ class IouKind(Enum):
     hard = "hard"
 
 
+class Truth(Enum):
+    """Which window of a query with several ones an answer is compared with; `all` is their union."""
+
+    first = "first"
+    best = "best"
+    all = "all"
+
+
 class CountPenalty(Enum):
     """TAR2's form; the paper does not state it."""
 
     abs = "abs"
     squared = "squared"
     indicator = "indicator"
+
+
+class DifficultyRule(Enum):
+    """Which training queries are kept by the success of the untouched base."""
+
+    all = "all"
+    band = "band"
+    gaussian = "gaussian"
+    undecided = "undecided"
 
 
 class PromptStyle(Enum):

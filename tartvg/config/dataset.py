@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
+from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from tartvg.config.choices import DatasetName
+from tartvg.config.choices import DatasetName, SettingError, require
 from tartvg.config.fields import Effect, Settings, setting
 
 
@@ -36,16 +41,56 @@ class DatasetConfig(Settings, path="dataset", effect=Effect.content):
     name: DatasetName = setting(MISSING, effect=Effect.value)
     """The reader of the annotations."""
     root: str = "data"
-    """Folder of annotations; planted videos are drawn into it."""
+    """Folder of annotations; planted videos are drawn into it. A part of a mix has a folder of its name below."""
     videos: str | None = None
-    """Folder of video files; null: `<root>/videos`."""
+    """Folder of video files, of a mix with a folder per part; null: `<root>/videos`."""
     late_windows: str = setting("clip", among=("clip", "drop", "keep"), effect=Effect.value)
     """Windows that end after their video: `clip` cuts them there, as nobody can answer beyond it; `drop` also leaves
     them out of training; `keep` takes them as annotated. Test windows are never left out."""
     reversed_windows: str = setting("drop", among=("drop", "swap", "keep"))
     """Training windows whose start is after their end. Test windows are never touched."""
     num_queries: int | None = setting(None, at_least=1)
-    """Use only the first so many queries of each split; null: all."""
+    """Use only the first so many queries of each split, of a mix those of each part; null: all."""
     max_missing_share: float = setting(0.05, at_least=0, at_most=1, effect=Effect.none)
     """Training is refused where a larger share of its videos is not there, and where none is."""
     planted: PlantedConfig = field(default_factory=PlantedConfig)
+    parts: dict[str, float] = setting({}, above=0, below=inf, effect=Effect.value)
+    """dataset=mix: the data sets, by the names of their files in conf/dataset, and the weight of each: how often
+    training draws from it, relative to the others."""
+    sources: dict[str, Any] = field(default_factory=dict)
+    """dataset=mix: what differs in a part from its file, as in `dataset.sources.<part>.root=/elsewhere`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name is DatasetName.mix:
+            require(bool(self.parts), "dataset.parts", "such as {charades_sta: 1, qvhighlights: 2}", self.parts)
+        else:
+            require(not self.parts, "dataset.parts", "empty without dataset=mix", self.parts)
+        strangers = ", ".join(sorted(self.sources.keys() - self.parts.keys()))
+        require(not strangers, "dataset.sources", "settings of data sets in dataset.parts", strangers)
+        self.sources = {name: _part(self, name) for name in self.parts}
+
+
+def _part(mix: DatasetConfig, name: str) -> DatasetConfig:
+    """The settings of one part: its file, the folder and the rules of the mix over it, and its own over these."""
+    own = mix.sources.get(name, {})
+    if isinstance(own, DatasetConfig):
+        return own
+    require(isinstance(own, dict), f"dataset.sources.{name}", "settings by name", own)
+    folder = Path(os.environ.get("TARTVG_ROOT", Path(__file__).parents[2])) / "conf" / "dataset"
+    known = sorted(path.stem for path in folder.glob("*.yaml") if path.stem != DatasetName.mix.value)
+    require(name in known, "dataset.parts", f"among {', '.join(known)}", name)
+    shared = {
+        "root": f"{mix.root}/{name}",
+        "videos": mix.videos and f"{mix.videos}/{name}",
+        "late_windows": mix.late_windows,
+        "reversed_windows": mix.reversed_windows,
+        "num_queries": mix.num_queries,
+    }
+    schema = OmegaConf.structured(DatasetConfig)
+    try:
+        settings = OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(folder / f"{name}.yaml"), shared, own))
+    except OmegaConfBaseException as error:
+        raise SettingError(f"dataset.sources.{name}: {str(error).splitlines()[0]}") from error
+    assert isinstance(settings, DatasetConfig)
+    return settings

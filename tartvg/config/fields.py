@@ -30,7 +30,7 @@ class Effect(Enum):
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a setting may take. Each item of a list must be one of them."""
+    """The values that a setting may take. Each item of a list, and each value of a map, must be one of them."""
 
     above: float | None = None
     at_least: float | None = None
@@ -41,9 +41,9 @@ class Range:
     """A reason, in words; shown behind the bound."""
 
     def holds(self, value: Any) -> bool:
-        """Whether the value, or every item of a list, lies inside. Never true of NaN."""
-        if isinstance(value, list):
-            return all(map(self.holds, value))
+        """Whether the value, or every item of a list or map, lies inside. Never true of NaN."""
+        if isinstance(value, list | dict):
+            return all(map(self.holds, value.values() if isinstance(value, dict) else value))
         if self.among:
             return value in self.among
         return (
@@ -77,20 +77,21 @@ def setting(
     because: str = "",
     effect: Effect | None = None,
 ) -> Any:
-    """Make a dataclass field of a default, a range and an effect (None: that of its group). A list is copied."""
+    """Make a dataclass field of a default, a range and an effect (None: that of its group). A list or map is copied."""
     metadata: dict[str, Any] = {} if effect is None else {EFFECT: effect}
     if (allowed := Range(above, at_least, below, at_most, among, because)) != Range():
         metadata[RANGE] = allowed
-    if isinstance(default, list):
+    if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def range_of(known: dataclasses.Field[Any]) -> str:
-    """Word the range of a field, with null and lists where its type has them; empty without a range."""
+    """Word the range of a field, with null, lists and maps where its type has them; empty without a range."""
     if RANGE not in known.metadata:
         return ""
-    prefix = "a list " if str(known.type).startswith("list") else "null or " if is_optional(known) else ""
+    words = {"list": "a list ", "dict": "a map to numbers "}
+    prefix = words.get(str(known.type).partition("[")[0], "null or " if is_optional(known) else "")
     return f"{prefix}{known.metadata[RANGE]}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from tartvg.config.choices import CountPenalty, IouKind
+from tartvg.config.choices import CountPenalty, IouKind, Truth
 from tartvg.config.fields import Settings, setting
 
 
@@ -25,6 +25,9 @@ class RewardConfig(Settings, path="reward"):
     """Weight of the refinement term (TAR3)."""
     iou: IouKind = IouKind.soft
     """The IoU of all terms."""
+    truth: Truth = Truth.best
+    """What an answer to a query with several windows is compared with: the `first`, the one of highest soft IoU
+    (`best`), or the union (`all`). The anchors are compared with the same."""
     tar2_form: CountPenalty = CountPenalty.abs
     """How TAR2 grows with the distance from `anchors.count`."""
     needs_anchors: bool = True

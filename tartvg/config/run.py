@@ -8,6 +8,7 @@ from typing import Any
 from tartvg.config.anchors import AnchorsConfig, FilterConfig
 from tartvg.config.choices import StageName, require
 from tartvg.config.dataset import DatasetConfig
+from tartvg.config.difficulty import DifficultyConfig
 from tartvg.config.evaluate import EvaluateConfig, FaithfulnessConfig
 from tartvg.config.fields import Effect, Settings, setting
 from tartvg.config.grpo import GrpoConfig
@@ -55,6 +56,7 @@ class Config(Settings):
     stage: StageConfig = field(default_factory=StageConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    difficulty: DifficultyConfig = field(default_factory=DifficultyConfig)
     anchors: AnchorsConfig = field(default_factory=AnchorsConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -25,8 +25,15 @@ def rollout_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, fl
     - rollout/entropy: mean of -log p over all sampled tokens, in nats: an unbiased estimate of the policy's entropy per
       token at the sampling temperature (with top-p or top-k: of the cross-entropy to the whole distribution)
 
+    A mix of data sets adds reward/<source>/<name> and anchors/<source>/<name> for each source that is among the groups,
+    and group/<source>/count.
+
     Source: arXiv 2508.07683, failure signatures.
     """
+    return _pooled_metrics(groups, target) | _source_metrics(groups, target)
+
+
+def _pooled_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     assert rollouts, "metrics of no rollouts"
     rewards = [r.reward for r in rollouts]
@@ -45,6 +52,22 @@ def rollout_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, fl
         "rollout/truncated_rate": _rate(not r.completion.is_finished for r in rollouts),
         "rollout/unparsed_rate": _rate(r.response.answer is None for r in rollouts),
     }
+
+
+def _source_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, float]:
+    """The rewards and the rates of anchors and format of each source of a mix, and the number of its groups."""
+    by_source: dict[str, list[RolloutGroup]] = {}
+    for group in groups:
+        if group.prompt.sample.source:
+            by_source.setdefault(group.prompt.sample.source, []).append(group)
+    found: dict[str, float] = {}
+    for source, own in sorted(by_source.items()):
+        found[f"group/{source}/count"] = float(len(own))
+        for name, value in _pooled_metrics(own, target).items():
+            prefix, _, rest = name.partition("/")
+            if prefix in ("reward", "anchors"):
+                found[f"{prefix}/{source}/{rest}"] = value
+    return found
 
 
 def _anchor_metrics(rollouts: Sequence[Rollout], target: int) -> dict[str, float]:

@@ -12,9 +12,11 @@ from tartvg.report.alarms import alarms_table
 from tartvg.report.cards import case_html, choose_cases, rollouts_html
 from tartvg.report.compare import pooled_p_value
 from tartvg.report.curves import draw_panels
+from tartvg.report.difficulty import difficulty_tables
 from tartvg.report.faithfulness import controls_table
 from tartvg.report.paper import paper_tables
 from tartvg.report.runs import TARGETS, RunFolder, first_and_last_groups, read_run
+from tartvg.report.sources import source_tables
 from tartvg.report.strips import ANCHOR_COLOUR, ANSWER_COLOUR, TRUTH_COLOUR
 from tartvg.report.style import CSS
 from tartvg.report.tables import Table, filter_table, percent, seconds_table, stage_table, throughput_table, to_html
@@ -40,9 +42,11 @@ def build_report(
     run = read_run(run_dir)
     sections = [
         ("scores", "Scores", _scores(run)),
+        ("sources", "Sources", "".join(map(to_html, source_tables(run.path, run.metrics)))),
         ("faithfulness", "Faithfulness", _table(controls_table(run.path))),
         ("alarms", "Alarms", _table(alarms_table(run.path))),
         ("curves", "Training curves", _curves(run)),
+        ("difficulty", "Difficulty", "".join(map(to_html, difficulty_tables(run.path)))),
         ("filter", "Filter", _filter(run)),
         ("time", "Time", _time(run)),
         ("examples", "Test queries", _examples(run, samples_by_id)),

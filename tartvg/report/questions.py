@@ -72,7 +72,7 @@ def data_of(run: RunFolder, target: str, here: DatasetConfig) -> tuple[DatasetCo
     except (OmegaConfBaseException, SettingError, AttributeError):
         return None
     if data.name is here.name and not Path(data.root).is_dir():
-        data = replace(data, root=here.root, videos=here.videos)
+        data = replace(data, root=here.root, videos=here.videos, sources=here.sources)
     return data, str(OmegaConf.select(settings, "evaluate.split"))
 
 

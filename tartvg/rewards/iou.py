@@ -9,9 +9,9 @@ from tartvg.config import IouKind
 from tartvg.rewards.term import ScoredResponse
 from tartvg.types import Span
 
-OVERLAPS: dict[IouKind, Callable[[Span, Span], float]] = {
-    IouKind.soft: spans.soft_iou,
-    IouKind.hard: spans.iou,
+OVERLAPS: dict[IouKind, Callable[[Span, tuple[Span, ...]], float]] = {
+    IouKind.soft: spans.soft_iou_with_union,
+    IouKind.hard: spans.iou_with_union,
 }
 
 
@@ -22,4 +22,4 @@ def iou_reward(scored: ScoredResponse) -> float:
     beats being wrong.
     """
     answer, reward = scored.response.answer, scored.reward
-    return reward.unparsed_iou if answer is None else OVERLAPS[reward.iou](answer, scored.sample.target)
+    return reward.unparsed_iou if answer is None else OVERLAPS[reward.iou](answer, scored.truth)

@@ -12,7 +12,8 @@ from tartvg.rewards.tar1 import tar1_rewards
 from tartvg.rewards.tar2 import tar2_cost
 from tartvg.rewards.tar3 import tar3_rewards
 from tartvg.rewards.term import ScoredResponse, Term
-from tartvg.spans import soft_iou
+from tartvg.rewards.truth import truth_of
+from tartvg.spans import soft_iou_with_union
 from tartvg.types import GroundingSample, Response, RewardBreakdown
 
 TERMS: tuple[Term, ...] = (
@@ -35,25 +36,26 @@ class Rubric:
     def score(self, response: Response, sample: GroundingSample) -> RewardBreakdown:
         """Sum the terms times their weights: by default format, IoU, TAR1, -TAR2 and TAR3.
 
-        Every term that can be read is paid, even when the format fails. The truth is `sample.target`; a sample without
-        windows (a blind test set) raises ValueError. Source: arXiv 2508.07683, total reward.
+        Every term that can be read is paid, even when the format fails. The truth is what `reward.truth` makes of the
+        windows; a sample without any (a blind test set) raises ValueError. Source: arXiv 2508.07683, total reward.
         """
         values = self.raw_terms(response, sample)
         terms = {name: float(sum(v)) if isinstance(v, Sequence) else v for name, v in values.items()}
         total = 0.0
         for term in TERMS:
             total += term.signed_weight(self.reward) * terms[term.name]
-        return RewardBreakdown(total, terms, tuple(soft_iou(anchor, sample.target) for anchor in response.anchors))
+        truth = truth_of(response, sample, self.reward.truth)
+        ious = tuple(soft_iou_with_union(anchor, truth) for anchor in response.anchors)
+        return RewardBreakdown(total, terms, ious)
 
     def raw_terms(self, response: Response, sample: GroundingSample) -> dict[str, float | Sequence[float]]:
         """Compute every term before its weight; a term of anchors gives one value per paid anchor.
 
         Raises ValueError for a sample without windows.
         """
-        if not sample.windows:
-            raise ValueError(f"sample {sample.sample_id!r} has no ground-truth window to reward against")
+        truth = truth_of(response, sample, self.reward.truth)
         overlap, cap = OVERLAPS[self.reward.iou], self.anchors.max_count
-        ious = tuple(overlap(anchor, sample.target) for anchor in response.anchors)
-        whole = ScoredResponse(response, sample, ious, self.reward, self.anchors)
+        ious = tuple(overlap(anchor, truth) for anchor in response.anchors)
+        whole = ScoredResponse(response, sample, truth, ious, self.reward, self.anchors)
         capped = replace(whole, response=replace(response, anchors=response.anchors[:cap]), anchor_ious=ious[:cap])
         return {term.name: term.function(whole if term.is_paid_above_cap else capped) for term in TERMS}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tartvg.config import AnchorsConfig, RewardConfig
-from tartvg.types import GroundingSample, Response
+from tartvg.types import GroundingSample, Response, Span
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,10 @@ class ScoredResponse:
     response: Response
     """Its anchors end at the cap `anchors.max_count`, unless the term is paid above it."""
     sample: GroundingSample
-    """Its `target` is the rewarded window, in seconds."""
+    truth: tuple[Span, ...]
+    """The windows that answer and anchors are compared with, as a union; see `truth_of`."""
     anchor_ious: tuple[float, ...]
-    """Overlap of each anchor with `sample.target`, of the kind `reward.iou`: in (-1, 1] if soft, in [0, 1] if hard."""
+    """Overlap of each anchor with `truth`, of the kind `reward.iou`: in (-1, 1] if soft, in [0, 1] if hard."""
     reward: RewardConfig
     anchors: AnchorsConfig
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
-from tartvg.config import Config, SettingError
+from tartvg.config import Config, SettingError, Truth
 from tartvg.data.clips import DECODERS, ClipReader
 from tartvg.data.datasets import load_samples
 from tartvg.launch.terminal import warn_once
@@ -32,8 +33,10 @@ def prompts_of(config: Config, split: str) -> list[Prompt]:
         samples = load_samples(config.dataset, split)
     except ValueError as error:  # a file that is refused is the user's to correct
         raise SettingError(f"dataset={config.dataset.name.value}: {error}") from error
-    if not samples:
-        raise SettingError(f"dataset={config.dataset.name.value} has no samples in split {split}")
+    known = {sample.source for sample in samples}
+    for name in config.dataset.parts or [""]:
+        if name not in known:
+            raise SettingError(f"dataset={name or config.dataset.name.value} has no samples in split {split}")
     return [build_prompt(s, config.anchors) for s in samples]
 
 
@@ -56,6 +59,28 @@ def refuse_missing_videos(config: Config, split: str, prompts: Sequence[Prompt],
         more = "" if len(missing) == len(videos) else ", or go on without them by dataset.max_missing_share=1"
         raise SettingError(f"dataset={config.dataset.name.value}, split {split}: {found}; set dataset.videos{more}")
     warn_once(f"split {split}: {found}")
+
+
+def first_of(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """The first `limit` prompts in their order, of a mix equally many of each source as far as it has them."""
+    turns: Counter[str] = Counter()
+    ranked = []
+    for index, prompt in enumerate(prompts):
+        ranked.append((turns[prompt.sample.source], index))
+        turns[prompt.sample.source] += 1
+    return [prompts[index] for index in sorted(index for _, index in sorted(ranked)[:limit])]
+
+
+def say_windows(stage: str, prompts: Sequence[Prompt], rule: Truth) -> None:
+    """Print how many queries `reward.truth` concerns; nothing where none has several windows."""
+    count = sum(len(p.sample.windows) > 1 for p in prompts)
+    if count:
+        what = {
+            Truth.first: "rewards the first window alone",
+            Truth.best: "compares each answer with the window of highest soft IoU",
+            Truth.all: "compares each answer with the union of the windows",
+        }[rule]
+        print(f"{stage}: {count} of {len(prompts)} queries have several windows; reward.truth={rule.value} {what}")
 
 
 @lru_cache(maxsize=2)

@@ -7,13 +7,14 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tartvg.config import Config, DatasetName, SamplingConfig, SettingError, policy_label
+from tartvg.config import Config, DatasetConfig, DatasetName, SamplingConfig, SettingError, policy_label
 from tartvg.evaluation.answers import prediction
 from tartvg.evaluation.detection import mean_average_precision, ranked_answers
 from tartvg.evaluation.lengths import scores_by_length
@@ -23,7 +24,14 @@ from tartvg.policy.policy import Policy
 from tartvg.policy.sampling import greedy, stream_seed
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atomic, write_jsonl
-from tartvg.stages.common import adapter_of, base_identity, load_policy, prompts_of, refuse_missing_videos
+from tartvg.stages.common import (
+    adapter_of,
+    base_identity,
+    first_of,
+    load_policy,
+    prompts_of,
+    refuse_missing_videos,
+)
 from tartvg.stages.controls import run_controls
 from tartvg.stages.folder import PATIENCE_S, StageFolder, run_dir
 from tartvg.stages.keys import data_identity, fingerprint, settings_of
@@ -32,7 +40,7 @@ from tartvg.stages.shards import are_complete, batch_files, helpers, is_orphan, 
 from tartvg.tracking import Tracker
 from tartvg.training.prefetch import Clips, clips_ahead, split, videos_of
 from tartvg.training.probes import decodable
-from tartvg.types import Prediction, Prompt, Scorecard
+from tartvg.types import GroundingSample, Prediction, Prompt, Scorecard
 
 BATCHES = "batches"
 """Folder beside predictions.jsonl while it is being made."""
@@ -95,7 +103,7 @@ def refuse_equal_labels(targets: Sequence[str]) -> None:
 
 def prompts_to_score(config: Config) -> list[Prompt]:
     """The queries of the split, at most `evaluate.num_queries`."""
-    return prompts_of(config, config.evaluate.split)[: config.evaluate.num_queries]
+    return first_of(prompts_of(config, config.evaluate.split), config.evaluate.num_queries)
 
 
 def _batches(config: Config, folder: Path) -> list[Path]:
@@ -145,33 +153,64 @@ def work_on_shard(config: Config, target: str, folder: Path, shard: int, parent:
 
 
 def _score(config: Config, label: str, prompts: Sequence[Prompt], folder: Path, adapter: Path | None) -> None:
-    """Scorecard, metrics and, where it applies, a submission file, from the predictions in the folder."""
+    """Scorecard, metrics and, where it applies, a submission file, from the predictions in the folder.
+
+    Of a mix these are the scores of all parts together; those of each part stand below `by_source`.
+    """
     samples = [p.sample for p in prompts]
     predictions = [prediction_from_json(row) for row in read_jsonl(folder / "predictions.jsonl")]
+    data = config.dataset
+    parts = [(name, part, *_of_source(name, samples, predictions)) for name, part in data.sources.items()]
     written = "predictions.jsonl"
-    if config.dataset.name is DatasetName.qvhighlights:
-        write_jsonl(folder / "submission.jsonl", submission(samples, predictions))
-        written = "submission.jsonl"
+    for _, part, own, answers in parts or [("", data, samples, predictions)]:
+        if part.name is DatasetName.qvhighlights:
+            write_jsonl(folder / "submission.jsonl", submission(own, answers))
+            written = "submission.jsonl"
     if not all(s.windows for s in samples):
-        what = f"dataset={config.dataset.name.value}, split {config.evaluate.split}"
+        what = f"dataset={data.name.value}, split {config.evaluate.split}"
         print(f"{folder}: nothing was scored, because {what}, has no labels; {written} was written")
         return
-    conventions = Conventions(is_clipped=config.dataset.late_windows != "keep")
+    found, metrics = _scored(config, data.name.value, data, samples, predictions)
+    for source, part, own, answers in parts:
+        if own:
+            card, more = _scored(config, source, part, own, answers)
+            found.setdefault("by_source", {})[source] = card
+            metrics |= more
+    write_atomic(folder / "scores.json", json.dumps(found, indent=1) + "\n")
+    _track(config, folder, label, metrics, predictions, adapter)
+
+
+def _of_source(
+    source: str, samples: Sequence[GroundingSample], predictions: Sequence[Prediction]
+) -> tuple[list[GroundingSample], list[Prediction]]:
+    """What belongs to one part of a mix, under the ids that it has without the mix."""
+    ids = {s.sample_id: s.own_id for s in samples if s.source == source}
+    own = [replace(s, sample_id=s.own_id) for s in samples if s.source == source]
+    return own, [replace(p, sample_id=ids[p.sample_id]) for p in predictions if p.sample_id in ids]
+
+
+def _scored(
+    config: Config,
+    label: str,
+    data: DatasetConfig,
+    samples: Sequence[GroundingSample],
+    predictions: Sequence[Prediction],
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The scorecard of one data set as JSON, and its metrics below eval/<label>/."""
+    conventions = Conventions(is_clipped=data.late_windows != "keep")
     rule, strict = conventions.rule, conventions.is_strict
     card = score(
         samples, predictions, ALL_THRESHOLDS, rule, strict, max_anchors=config.anchors.max_count, seed=config.seed
     )  # fmt: skip
-    found = scorecard_to_json(card, conventions)
-    metrics = scores_as_metrics(card, config.dataset.name.value)
-    if config.dataset.name is DatasetName.qvhighlights:
+    found, metrics = scorecard_to_json(card, conventions), scores_as_metrics(card, label)
+    if data.name is DatasetName.qvhighlights:
         ranking = ranked_answers(predictions)
         detection = mean_average_precision(samples, ranking)
         by_length = scores_by_length(samples, predictions, ranking, rule, strict)
         found |= {"detection": to_json(detection), "by_length": to_json(by_length)}
         shown = {"map": detection.average, "map@0.5": detection.at[0.5], "map@0.75": detection.at[0.75]}
-        metrics |= {f"eval/{config.dataset.name.value}/{name}": value for name, value in shown.items()}
-    write_atomic(folder / "scores.json", json.dumps(found, indent=1) + "\n")
-    _track(config, folder, label, metrics, predictions, adapter)
+        metrics |= {f"eval/{label}/{key}": value for key, value in shown.items()}
+    return found, metrics
 
 
 def _predict_batch(policy: Policy, prompts: Sequence[Prompt], clips: Clips, config: Config) -> list[Prediction]:
@@ -183,7 +222,7 @@ def _predict_batch(policy: Policy, prompts: Sequence[Prompt], clips: Clips, conf
     limits = SamplingConfig(config.evaluate.temperature, max_new_tokens=config.grpo.sampling.max_new_tokens)
     answers = policy.sample(prepared, 1, greedy(limits), [0] * len(prepared))
     if config.evaluate.num_samples:
-        seeds = [stream_seed(config.seed, "evaluate", p.prompt.sample.sample_id) for p in prepared]
+        seeds = [stream_seed(config.seed, "evaluate", p.prompt.sample.own_id) for p in prepared]
         sampled = policy.sample(prepared, config.evaluate.num_samples, limits, seeds)
         answers = [[*a, *s] for a, s in zip(answers, sampled, strict=True)]
     seconds = (time.perf_counter() - start) / sum(map(len, answers))

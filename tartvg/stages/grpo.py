@@ -8,7 +8,8 @@ from typing import Any
 from tartvg.config import Config, require
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.rewards import Rubric
-from tartvg.stages.common import adapter_of, base_identity, prompts_of, train_data
+from tartvg.stages.common import adapter_of, base_identity, prompts_of, say_windows, train_data
+from tartvg.stages.difficulty import choose, difficulty_key
 from tartvg.stages.folder import StageFolder, run_dir
 from tartvg.stages.keys import STEPS, fingerprint, settings_of
 from tartvg.stages.memory import refuse_what_cannot_fit
@@ -53,9 +54,10 @@ def key_of(config: Config, stage: str, start: Path | None) -> dict[str, Any]:
     """What the stage's result depends on. The filter and the other stage's steps are no part of it."""
     found = settings_of(config, "policy", "anchors", "reward", "grpo", "seed")
     own = STEPS[stage == "grpo2"]
+    found |= {f"dataset.parts.{part}": weight for part, weight in config.dataset.parts.items()}
     return {
         **{name: value for name, value in found.items() if name not in STEPS}, own: config.grpo.steps_of(stage),
-        **train_data(config), **validation_key(config), "base": base_identity(config),
+        **train_data(config), **validation_key(config), **difficulty_key(config), "base": base_identity(config),
         "adapter": None if start is None else fingerprint(start),
     }  # fmt: skip
 
@@ -63,6 +65,9 @@ def key_of(config: Config, stage: str, start: Path | None) -> dict[str, Any]:
 def _train(config: Config, stage: str, folder: Path, start: Path | None, max_steps: int) -> None:
     with distributed.rank_zero_first():
         prompts = prompts_of(config, "train")
+        prompts = choose(config, stage, folder, prompts, is_writing=distributed.is_rank_zero())
+        if distributed.is_rank_zero():
+            say_windows(stage, prompts, config.reward.truth)
     refuse_what_cannot_fit(config)
 
     def make_module(setup: Setup) -> GrpoModule:
@@ -74,7 +79,9 @@ def _train(config: Config, stage: str, folder: Path, start: Path | None, max_ste
 
     def make_steps(start_step: int) -> StepDataset:
         share = (distributed.rank(), distributed.world_size())
-        return StepDataset(prompts, config.grpo.prompts_per_step, config.seed, start_step, max_steps, share)
+        return StepDataset(
+            prompts, config.grpo.prompts_per_step, config.seed, start_step, max_steps, share, config.dataset.parts
+        )
 
     train_stage(
         config, stage, folder, max_steps, start, make_module, make_steps,

@@ -37,6 +37,7 @@ INPUTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "adapter": ("the adapter", ("init_adapter",)),
     "traces": ("the traces that it learns from", ()),
     "rollouts": ("the rollouts that it reads", ()),
+    "difficulties": ("the measured difficulties", ("difficulty.file",)),
     "predictions": ("the answers that it compares with", ()),
 }
 """Parts of a key that are hashes: what each is, and the settings that name it (a group ends in a dot)."""

@@ -18,11 +18,13 @@ from tartvg.report.cells import (
     read_sweep_folder,
 )
 from tartvg.report.compare_page import FOLDER, addresses, build_comparison, write_stage_pages
+from tartvg.report.difficulty import difficulty_tables
 from tartvg.report.export import write_tables
 from tartvg.report.faithfulness import controls_table
 from tartvg.report.page import build_report
 from tartvg.report.questions import questions_of
 from tartvg.report.runs import RunFolder
+from tartvg.report.sources import source_tables
 from tartvg.report.tables import Table, filter_table, seconds_table, stage_table, throughput_table, to_rich
 from tartvg.stages.folder import run_dir
 
@@ -91,8 +93,10 @@ def _show(page: Path, tables: list[Table], remarks: tuple[str, ...]) -> None:
 def _tables(run: RunFolder) -> list[Table]:
     """Scores, then what there is beside them."""
     beside = (
+        *source_tables(run.path, run.metrics),
         controls_table(run.path),
         alarms_table(run.path),
+        *difficulty_tables(run.path),
         filter_table(run.filtered) if run.filtered else None,
         seconds_table(run.metrics, run.manifests),
         throughput_table(run.metrics),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tartvg.config import Config, SettingError
-from tartvg.stages.common import keep_before, prompts_of
+from tartvg.stages.common import first_of, keep_before, prompts_of
 from tartvg.stages.keys import data_identity, settings_of
 from tartvg.training import distributed
 from tartvg.training.validation import ROWS, Questions, Validation
@@ -20,7 +20,7 @@ def validation_key(config: Config) -> dict[str, Any]:
     if not config.validation.every:
         return {}
     found = settings_of(config, "validation", "evaluate.batch_size", "grpo.sampling.max_new_tokens")
-    prompts = prompts_of(config, SPLIT)[: config.validation.num_queries]
+    prompts = first_of(prompts_of(config, SPLIT), config.validation.num_queries)
     return {**found, "validation_data": data_identity(p.sample for p in prompts)}
 
 
@@ -30,7 +30,7 @@ def validation_of(config: Config, folder: Path, max_steps: int) -> Validation | 
     if not settings.every:
         return None
     with distributed.rank_zero_first():
-        prompts = prompts_of(config, SPLIT)[: settings.num_queries]
+        prompts = first_of(prompts_of(config, SPLIT), settings.num_queries)
     if not all(p.sample.windows for p in prompts):
         what = f"dataset={config.dataset.name.value}, split {SPLIT}"
         raise SettingError(f"validation.every: {what}, has queries without a label")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -12,8 +14,11 @@ from torch.utils.data import Dataset
 from tartvg.data.video import Clip
 from tartvg.types import Prompt
 
+_SOURCES = 1 << 32
+"""Where the stream of sources begins: no epoch has this number."""
 
-@lru_cache(maxsize=4)
+
+@lru_cache(maxsize=16)
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order of one epoch."""
     return np.random.default_rng([seed, epoch]).permutation(size)
@@ -23,6 +28,41 @@ def step_indices(seed: int, step: int, per_step: int, size: int) -> list[int]:
     """Indices of the items of one step: epochs one after another, each in an order of its own."""
     places = range(step * per_step, (step + 1) * per_step)
     return [int(permutation(seed, place // size, size)[place % size]) for place in places]
+
+
+class Mixture:
+    """Draws the prompts of a training on several data sets: from which one by chance, of each one in epochs.
+
+    Places are the prompts of all steps, counted through. The source of a place is drawn with the probability of its
+    weight, by one stream of random numbers; the k-th place of a source is the k-th prompt of that source's epochs. So a
+    place depends on the seed and on what comes before it, not on where a training starts or ends.
+    """
+
+    def __init__(self, sources: Sequence[str], weights: Mapping[str, float], seed: int, num_places: int) -> None:
+        """`sources` has one entry per prompt. Raises ValueError for a source of `weights` without any prompt."""
+        self.seed = seed
+        members: dict[str, list[int]] = defaultdict(list)
+        for index, source in enumerate(sources):
+            members[source].append(index)
+        for source in weights:
+            if source not in members:
+                raise ValueError(f"no prompt is left of {source}")
+        self.members = [members[source] for source in weights]
+        shares = np.cumsum(list(weights.values())) / sum(weights.values())
+        chance = np.random.default_rng([seed, _SOURCES]).random(num_places)
+        self.drawn = np.minimum(np.searchsorted(shares, chance, side="right"), len(shares) - 1)
+        """The source of each place, by its position in `weights`."""
+        self.turns = np.zeros(num_places, dtype=int)
+        """How many places before have the same source."""
+        for number in range(len(shares)):
+            places = np.flatnonzero(self.drawn == number)
+            self.turns[places] = np.arange(len(places))
+
+    def index(self, place: int) -> int:
+        """The prompt of a place."""
+        members = self.members[self.drawn[place]]
+        epoch, turn = divmod(int(self.turns[place]), len(members))
+        return members[permutation(self.seed, epoch, len(members))[turn]]
 
 
 class StepBatch:
@@ -38,11 +78,14 @@ class StepBatch:
 
 
 class StepDataset(Dataset[StepBatch]):
-    """The steps from `start` to `stop`. `share` is (r, n): rank r of n gets every n-th prompt of a step."""
+    """The steps from `start` to `stop`. `share` is (r, n): rank r of n gets every n-th prompt of a step.
+
+    `weights` are those of the sources of a mix, empty without one.
+    """
 
     def __init__(
         self, prompts: Sequence[Prompt], per_step: int, seed: int, start: int, stop: int,
-        share: tuple[int, int] = (0, 1),
+        share: tuple[int, int] = (0, 1), weights: Mapping[str, float] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         self.prompts = prompts
         self.per_step = per_step
@@ -50,6 +93,8 @@ class StepDataset(Dataset[StepBatch]):
         self.start = start
         self.stop = stop
         self.share = share
+        sources = [prompt.sample.source for prompt in prompts]
+        self.mixture = Mixture(sources, weights, seed, per_step * stop) if weights else None
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -58,6 +103,12 @@ class StepDataset(Dataset[StepBatch]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         step, (rank, world_size) = self.start + index, self.share
-        indices = step_indices(self.seed, step, self.per_step, len(self.prompts))
+        indices = self.indices(step)
         places = range(rank, len(indices), world_size)
         return StepBatch(step, [self.prompts[indices[place]] for place in places], places)
+
+    def indices(self, step: int) -> list[int]:
+        """The prompts of a step, of all ranks."""
+        if self.mixture is None:
+            return step_indices(self.seed, step, self.per_step, len(self.prompts))
+        return [self.mixture.index(place) for place in range(step * self.per_step, (step + 1) * self.per_step)]

@@ -60,7 +60,8 @@ class Validation:
     def known(self, step: int) -> dict[str, float]:
         """The metrics of a step that has been measured."""
         row = self.rows[step]
-        return {f"eval/val/{name}": float(row[name]) for name in ("miou", "num_unparsed", "num_missing")}
+        names = [name for name in row if name in ("miou", "num_unparsed", "num_missing") or name.endswith("/miou")]
+        return {f"eval/val/{name}": float(row[name]) for name in names}
 
     def answers(self, policy: Policy) -> list[Prediction]:
         """Answer this rank's share of the queries. Its parameters must be gathered."""
@@ -80,9 +81,16 @@ class Validation:
         everyone = [
             prediction_from_json(json.loads(line)) for line in distributed.all_gather_lines(list(map(dumps, answers)))
         ]
-        card = score([p.sample for p in self.questions.prompts], everyone, resamples=0)
+        samples = [p.sample for p in self.questions.prompts]
+        card = score(samples, everyone, resamples=0)
         counts = {name: getattr(card, name) for name in ("num_queries", "num_unparsed", "num_missing")}
-        return {"step": step, "miou": card.miou.value, **counts}
+        row = {"step": step, "miou": card.miou.value, **counts}
+        for source in sorted({s.source for s in samples} - {""}):
+            own = [s for s in samples if s.source == source]
+            ids = {s.sample_id for s in own}
+            said = [p for p in everyone if p.sample_id in ids]
+            row[f"{source}/miou"] = score(own, said, resamples=0).miou.value
+        return row
 
     def keep(self, row: dict[str, Any], save: Callable[[Path], None]) -> None:
         """Record a row. `save` writes the adapter into a folder, where the row is the best so far.

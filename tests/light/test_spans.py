@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tartvg.spans import clip, intersection, iou, iou_with_union, soft_iou, union
+from tartvg.spans import clip, intersection, iou, iou_with_union, soft_iou, soft_iou_with_union, union
 from tartvg.types import Span
 
 times = st.floats(0, 1000, allow_nan=False).map(lambda x: round(x, 3))
@@ -104,3 +104,30 @@ def test_union_iou_equals_counting_milliseconds(prediction: Span, windows: list[
     total = int((covered | own).sum())
     expected = int((covered & own).sum()) / total if total else 0.0
     assert iou_with_union(prediction, tuple(windows)) == pytest.approx(expected, abs=1e-9)
+
+
+def test_soft_iou_with_a_union_by_hand():
+    windows = (Span(0, 10), Span(30, 50))
+    assert soft_iou_with_union(Span(5, 35), windows) == pytest.approx(10 / 50)
+    assert soft_iou_with_union(Span(10, 30), windows) == 0  # touches both
+    assert soft_iou_with_union(Span(52, 60), windows) == pytest.approx(-2 / (8 + 30 + 2))
+    assert soft_iou_with_union(Span(60, 52), windows) == pytest.approx(-2 / 40)
+    assert soft_iou_with_union(Span(35, 5), windows) == 0  # reversed: never rewarded
+    assert soft_iou_with_union(Span(20, 20), windows) == pytest.approx(-10 / 40)
+    assert soft_iou_with_union(Span(1, 2), ()) == 0
+
+
+@given(any_spans, st.lists(any_spans, min_size=1, max_size=5))
+def test_soft_iou_with_a_union(prediction: Span, windows: list[Span]):
+    value, overlap = soft_iou_with_union(prediction, tuple(windows)), iou_with_union(prediction, tuple(windows))
+    assert -1 <= value <= 1
+    assert value == pytest.approx(overlap, abs=1e-12) if overlap else value <= 0
+    assert soft_iou_with_union(prediction, (windows[0],)) == soft_iou(prediction, windows[0])
+    again = (*windows, *windows)  # counts once
+    assert soft_iou_with_union(prediction, again) == value
+
+
+def test_moving_away_from_a_union_lowers_its_soft_iou():
+    windows = (Span(10, 20), Span(40, 60))
+    values = [soft_iou_with_union(Span(60 + gap, 70 + gap), windows) for gap in (0, 1, 5, 50, 5000)]
+    assert values == sorted(values, reverse=True) and values[0] == 0 and values[-1] > -1

@@ -249,6 +249,7 @@ def test_two_changes_at_once_are_no_row_of_the_paper(tmp_path: Path) -> None:
     [
         ("anchors", "two"),
         ("beta_gamma", "beta=5, gamma=1"),
+        ("difficulty", "all"),
         ("filter_thresholds", "min_reward=6.4, min_ious=[0.5,0.7]"),
         ("group_size", "8"),
         ("iou_kind", "tar"),
@@ -256,6 +257,7 @@ def test_two_changes_at_once_are_no_row_of_the_paper(tmp_path: Path) -> None:
         ("stage_order", "grpo_sft_grpo"),
         ("tar2_form", "abs"),
         ("tar_components", "tar"),
+        ("truth", "best"),
     ],
 )
 def test_every_sweep_is_compared_with_the_papers_setting(name: str, reference: str, tmp_path: Path) -> None:

@@ -25,9 +25,11 @@ from tartvg.launch.job import MAX_FOLDER_LENGTH, job_name
 from tartvg.launch.sweep_files import axes, cells
 from tartvg.launch.sweeps import jobs_below
 
-GROUPS = ["dataset", "anchors", "reward", "grpo", "trainer", "tracking", "monitors", "policy", "stage"]
+GROUPS = ["dataset", "difficulty", "anchors", "reward", "grpo", "trainer", "tracking", "monitors", "policy", "stage"]
 GROUND = ["video=clip.mp4", "query=a door opens"]
 """What stage=ground cannot do without."""
+PARTS = ["dataset.parts={planted: 1, planted_long: 2}"]
+"""What dataset=mix cannot do without."""
 
 
 def choices(group: str) -> list[str]:
@@ -87,7 +89,7 @@ def run_within(
 
 @pytest.mark.parametrize("group,choice", [(group, choice) for group in GROUPS for choice in choices(group)])
 def test_every_choice_composes_and_validates(group: str, choice: str) -> None:
-    composed(f"{group}={choice}", *GROUND)
+    composed(f"{group}={choice}", *GROUND, *(PARTS if choice == "mix" else ()))
 
 
 @pytest.mark.parametrize("sweep", files("sweeps"))
@@ -139,7 +141,8 @@ def test_stage_and_dataset_files_cover_the_enums_and_choose_themselves() -> None
     for choice in choices("stage"):
         assert composed(f"stage={choice}", *GROUND).stage.name.value == choice
     for choice in choices("dataset"):
-        assert composed(f"dataset={choice}", *GROUND).dataset.name.value == choice
+        parts = PARTS if choice == "mix" else ()
+        assert composed(f"dataset={choice}", *GROUND, *parts).dataset.name.value == choice
 
 
 # --- values that the paper states, and ours that follow from them

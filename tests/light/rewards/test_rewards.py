@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tartvg.config import AnchorsConfig, CountPenalty, FilterConfig, IouKind, RewardConfig, SettingError
+from tartvg.config import AnchorsConfig, CountPenalty, FilterConfig, IouKind, RewardConfig, SettingError, Truth
 from tartvg.response import parse_response
 from tartvg.rewards import Rubric, ScoredResponse
 from tartvg.rewards.format import format_reward
@@ -46,7 +46,7 @@ def with_ious(*ious: float) -> str:
 def scored(*ious: float, faults: tuple[Fault, ...] = (), **reward: object) -> ScoredResponse:
     """A response with anchors of these IoUs."""
     response = Response((Span(1, 2),) * len(ious), Span(1, 2), faults)
-    return ScoredResponse(response, sample(), ious, RewardConfig(**reward), AnchorsConfig())  # type: ignore[arg-type]
+    return ScoredResponse(response, sample(), (TRUTH,), ious, RewardConfig(**reward), AnchorsConfig())  # type: ignore[arg-type]
 
 
 def published(reward: RewardBreakdown) -> dict[str, float]:
@@ -229,8 +229,8 @@ def test_timezero_rubric_is_format_plus_iou():
     assert judge("hm", reward).total == 0
 
 
-def test_the_first_window_is_the_truth():
-    rubric = Rubric(RewardConfig(), AnchorsConfig())
+def test_the_first_window_is_the_truth_where_the_setting_says_so():
+    rubric = Rubric(RewardConfig(truth=Truth.first), AnchorsConfig())
     response = parse_response(completion(Span(0, 9), Span(0, 10)))
     assert rubric.score(response, sample(Span(0, 10), Span(50, 60))).terms["iou"] == 1
     assert rubric.score(response, sample(Span(50, 60), Span(0, 10))).terms["iou"] < 0
