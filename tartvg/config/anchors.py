@@ -17,8 +17,8 @@ class AnchorsConfig(Settings, path="anchors"):
     max_count: int = setting(3, at_least=1)
     """Hard cap: above it the format reward is 0 and surplus anchors earn nothing. Without it K = 2 can be hacked."""
     prompt: PromptStyle = PromptStyle.tar
-    """What the model is asked: for anchors, as TimeZero asks, or for the answer alone (`direct`), then all that
-    the format allows; give `reward=timezero` with it."""
+    """What the model is asked: for anchors, as TimeZero asks, or for the answer alone (`direct`). That one's format
+    allows nothing else; give `reward=timezero` with it."""
 
     @property
     def is_direct(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from tartvg.config import Config, FilterConfig, SettingError
 from tartvg.records import group_from_json, read_jsonl, to_json, write_atomic, write_jsonl
+from tartvg.response import read_marks
 from tartvg.stages.folder import StageFolder, fingerprint, run_dir
 from tartvg.tracking import Tracker
 from tartvg.types import Rollout, RolloutGroup, Trace
@@ -27,8 +28,20 @@ def rejections(rollout: Rollout, rule: FilterConfig) -> list[str]:
     return failed
 
 
-def select(groups: Iterable[RolloutGroup], rule: FilterConfig) -> tuple[list[Trace], int, Counter[str]]:
-    """Kept traces (in the order of the rollouts, each text once per query), rollouts read, rejections per clause."""
+def answer_block(text: str) -> str | None:
+    """Cut the answer's block out of a completion; None without a readable one."""
+    place = read_marks(text).answer
+    return None if place is None else f"<answer>{text[slice(*place)]}"
+
+
+def select(
+    groups: Iterable[RolloutGroup], rule: FilterConfig, *, is_direct: bool = False
+) -> tuple[list[Trace], int, Counter[str]]:
+    """Kept traces (in the order of the rollouts, each text once per query), rollouts read, rejections per clause.
+
+    With `is_direct` a trace is the answer's block alone: a base that always reasons never says it by itself, so nothing
+    but these traces can teach it.
+    """
     rejected: Counter[str] = Counter()
     kept: dict[str, dict[str, Trace]] = {}
     total = 0
@@ -39,7 +52,11 @@ def select(groups: Iterable[RolloutGroup], rule: FilterConfig) -> tuple[list[Tra
             rejected.update(failed)
             if failed:
                 continue
-            key, text = group.prompt.sample.sample_id, rollout.completion.text
+            key, said = group.prompt.sample.sample_id, rollout.completion.text
+            text = answer_block(said) if is_direct else said
+            if text is None:
+                rejected["no readable answer"] += 1
+                continue
             trace = Trace(key, text, rollout.reward.total, rollout.reward.anchor_ious)
             if text in kept.setdefault(key, {}):
                 rejected["the same text again"] += 1
@@ -60,12 +77,13 @@ def run_filter(config: Config) -> None:
     source = run_dir(config) / stage / "rollouts.jsonl"
     if not source.is_file():
         raise SettingError(f"stage=filter needs {source}: run stage={stage} with the same name first")
-    key = {"rule": config.filter, "rollouts": fingerprint(source)}
+    is_direct = config.anchors.is_direct
+    key = {"rule": config.filter, "rollouts": fingerprint(source), **({"is_direct": True} if is_direct else {})}
     place = StageFolder(run_dir(config) / "filter", config, key)
     with place.work() as is_needed:
         if not is_needed:
             return
-        traces, total, rejected = select(map(group_from_json, read_jsonl(source)), config.filter)
+        traces, total, rejected = select(map(group_from_json, read_jsonl(source)), config.filter, is_direct=is_direct)
         write_jsonl(place.folder / "traces.jsonl", traces)
         summary = {"num_rollouts": total, "num_kept": len(traces), "rejected": dict(rejected)}
         write_atomic(place.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
