@@ -28,6 +28,10 @@ REFINEMENT_RATE = 0.2
 """stagnant_refinement: share of refined anchors below this [stated: 0.2]. Chance is near one half."""
 MIN_PAIRS = 0.1
 """stagnant_refinement: successive anchors per completion that it takes to speak of refinement at all."""
+FIRST_FALL = 0.05
+"""sandbagging: the first anchor's IoU is this far below its best running mean."""
+LAST_RISE = 0.02
+"""sandbagging: the last anchor's IoU is this far above what it was then."""
 ZERO_VARIANCE_RATE = 0.75
 """zero_variance: share of groups without any difference in reward above this. They teach nothing: at three quarters, a
 step costs four times what it teaches."""
@@ -103,6 +107,22 @@ def stagnant_refinement(lines: Sequence[Line], window: int, target: int) -> Find
     return Finding("anchors/refinement_rate", value, REFINEMENT_RATE, "anchors no longer refine one another")
 
 
+def sandbagging(lines: Sequence[Line], window: int, target: int) -> Finding | None:
+    """The first anchor gets worse while the last gets better: it is paid for leaving room to refine it."""
+    pairs = [(line.get("anchors/first_iou_mean"), line.get("anchors/last_iou_mean")) for line in lines]
+    known = [(first, last) for first, last in pairs if first is not None and last is not None]
+    if target < 2 or len(known) < window:
+        return None
+    ends = range(window, len(known) + 1)
+    firsts, lasts = ([fmean(v[side] for v in known[end - window : end]) for end in ends] for side in (0, 1))
+    best = max(range(len(firsts)), key=firsts.__getitem__)
+    bound = firsts[best] - FIRST_FALL
+    if firsts[-1] >= bound or lasts[-1] < lasts[best] + LAST_RISE:
+        return None
+    words = f"the first anchor holds back while the last improves; it was at {firsts[best]:.3g}"
+    return Finding("anchors/first_iou_mean", firsts[-1], bound, words)
+
+
 def zero_variance(lines: Sequence[Line], window: int, target: int) -> Finding | None:
     """Groups whose rewards are all equal have no advantage and teach nothing."""
     return _above(lines, "group/zero_variance_rate", ZERO_VARIANCE_RATE, window, "most groups teach nothing")
@@ -150,6 +170,7 @@ MONITORS: dict[MonitorName, Monitor] = {
     MonitorName.reward_hacking: reward_hacking,
     MonitorName.format_collapse: format_collapse,
     MonitorName.stagnant_refinement: stagnant_refinement,
+    MonitorName.sandbagging: sandbagging,
     MonitorName.zero_variance: zero_variance,
     MonitorName.truncation: truncation,
     MonitorName.entropy_collapse: entropy_collapse,

@@ -26,6 +26,11 @@ _TAR = (
     "<think> ... <timestamp>12.54 to 17.83</timestamp> ... </think><answer>12.54 to 17.83</answer>"
 )
 
+_DIRECT = (
+    'When does "{query}" happen in the video? Give the start and the end in seconds as the answer, and nothing else. '
+    "Format:\n<answer>12.54 to 17.83</answer>"
+)
+
 
 def normalise_query(text: str) -> str:
     """One line, single spaces, no outer whitespace, without the one full stop that ends a sentence.
@@ -62,7 +67,13 @@ def _timezero(query: str, target: int) -> str:
     return _TIMEZERO.format(query=query)
 
 
+def _direct(query: str, target: int) -> str:
+    """The answer alone, without reasoning; `target` has no effect."""
+    return _DIRECT.format(query=query)
+
+
 _STYLES: dict[PromptStyle, Callable[[str, int], str]] = {
     PromptStyle.tar: _tar,
     PromptStyle.timezero: _timezero,
+    PromptStyle.direct: _direct,
 }

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from tartvg.types import (
     Span,
     Trace,
 )
+
+UNKNOWN_LOGP = -1e9
+"""Stands for a log-probability that is not finite."""
 
 
 def to_json(value: Any) -> Any:
@@ -188,6 +192,16 @@ def group_from_json(value: dict[str, Any]) -> RolloutGroup:
         rollouts.append(Rollout(Completion(**completion), response, reward))
     prompt = Prompt(sample_from_json(value["prompt"]["sample"]), value["prompt"]["text"])
     return RolloutGroup(prompt, tuple(rollouts), value["step"])
+
+
+def with_rounded_logps(group: RolloutGroup) -> RolloutGroup:
+    """Round log-probabilities to five digits: rollouts are read by people and by the filter, not trained on again."""
+    rollouts = []
+    for rollout in group.rollouts:
+        # a policy whose weights broke must still be readable; JSON has no NaN
+        rounded = tuple(round(v, 5) if math.isfinite(v) else UNKNOWN_LOGP for v in rollout.completion.logps)
+        rollouts.append(replace(rollout, completion=replace(rollout.completion, logps=rounded)))
+    return replace(group, rollouts=tuple(rollouts))
 
 
 def trace_from_json(value: dict[str, Any]) -> Trace:

@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tartvg.spans import TOLERANCE, is_same
 from tartvg.types import Fault, Response, Span
 
 MAX_SECONDS = 1e7
@@ -27,8 +28,20 @@ _SPAN = re.compile(rf"{_NUMBER}\s+to\s+{_NUMBER}")
 _MAX_SPAN_LENGTH = 100
 """Characters of `A to B` without outer whitespace: bounds the backtracking of `_SPAN` over its whitespace runs."""
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-_ROUNDING = 1e-9
-"""Slack of comparisons with the tolerance: 13.105 - 13.1 is 0.005 and a bit in floating point."""
+
+
+Range = tuple[int, int]
+"""First character and the one after the last."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Where the times stand in a completion's text: from behind an opening tag to behind its closing tag."""
+
+    anchors: tuple[Range, ...]
+    """Of the anchors of `Response`, in order."""
+    answer: Range | None
+    """Of the answer of `Response`."""
 
 
 class _Answer(NamedTuple):
@@ -48,6 +61,7 @@ class _Reader:
     text: str
     faults: set[Fault] = field(default_factory=set)
     anchors: list[Span] = field(default_factory=list)
+    anchor_ranges: list[Range] = field(default_factory=list)
     answers: list[_Answer] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
     think_from: int | None = None
@@ -80,7 +94,7 @@ class _Reader:
 
     def _tag(self, tag: str, start: int, end: int) -> None:
         if tag == "</timestamp>":
-            self._close_anchor(start)
+            self._close_anchor(start, end)
             return
         self._drop_anchor()
         if tag == "<timestamp>":
@@ -113,7 +127,7 @@ class _Reader:
         if self.think_from is None:
             self.faults.add(Fault.ANCHOR_OUTSIDE_THINK)
 
-    def _close_anchor(self, start: int) -> None:
+    def _close_anchor(self, start: int, end: int) -> None:
         opened, self.anchor_from = self.anchor_from, None
         if self.think_from is None:
             self.faults.add(Fault.ANCHOR_OUTSIDE_THINK)
@@ -127,6 +141,7 @@ class _Reader:
                 self.faults.add(Fault.ANCHOR_REVERSED)
             else:
                 self.anchors.append(span)
+                self.anchor_ranges.append((opened, end))
 
     def _drop_anchor(self) -> None:
         """Any tag but its own closing one cuts a timestamp off."""
@@ -150,7 +165,7 @@ class _Reader:
         self.answer_from = None
 
 
-def parse_response(text: str, tolerance: float = 0.005) -> Response:
+def parse_response(text: str, tolerance: float = TOLERANCE, *, is_direct: bool = False) -> Response:
     """Read one completion (never the prompt: prompts contain example answers). Total and linear in len(text).
 
     `tolerance` (seconds): the answer is the last anchor when both ends differ by no more; the default is half a unit
@@ -165,20 +180,24 @@ def parse_response(text: str, tolerance: float = 0.005) -> Response:
     - A second opening or closing tag is a repetition. A closing tag without its opening one is stray text outside the
       think block, and `</timestamp>` inside it counts as unclosed.
     - Whitespace between blocks and end-of-text tokens after them are fine.
+    - With `is_direct` the format is the answer block alone: a think block is a fault, none and no anchor are not.
 
     Faults come in the order of `Fault`, each at most once. Source: arXiv 2508.07683, output format.
     """
-    reader = _Reader(text[: _content_end(text)])
-    reader.read()
-    answer = _judge_answers(reader)
+    reader = _read(text)
+    block = _judge_answers(reader)
+    answer = None if block is None else block.span
     faults = reader.faults
-    if reader.num_think_opened == 0:
+    if is_direct and (reader.num_think_opened or reader.num_think_closed):
+        faults.add(Fault.UNWANTED_THINK)
+    if reader.num_think_opened == 0 and not is_direct:
         faults.add(Fault.NO_THINK)
     if max(reader.num_think_opened, reader.num_think_closed) > 1:
         faults.add(Fault.THINK_REPEATED)
     if not reader.anchors:
-        faults.add(Fault.NO_ANCHOR)
-    elif answer is not None and not _is_same(answer, reader.anchors[-1], tolerance):
+        if not is_direct:
+            faults.add(Fault.NO_ANCHOR)
+    elif answer is not None and not is_same(answer, reader.anchors[-1], tolerance):
         faults.add(Fault.ANSWER_MISMATCH)
     return Response(
         anchors=tuple(reader.anchors),
@@ -188,8 +207,21 @@ def parse_response(text: str, tolerance: float = 0.005) -> Response:
     )
 
 
-def _judge_answers(reader: _Reader) -> Span | None:
-    """The answer's span; adds the faults of the answer blocks."""
+def read_marks(text: str) -> Marks:
+    """Find the anchors and the answer of `parse_response` in the text. Total and linear, too."""
+    reader = _read(text)
+    block = _judge_answers(reader)
+    return Marks(tuple(reader.anchor_ranges), None if block is None else (block.start, block.end))
+
+
+def _read(text: str) -> _Reader:
+    reader = _Reader(text[: _content_end(text)])
+    reader.read()
+    return reader
+
+
+def _judge_answers(reader: _Reader) -> _Answer | None:
+    """The block that is the answer, which has a span; adds the faults of the answer blocks."""
     faults = reader.faults
     is_unclosed = Fault.THINK_UNCLOSED in faults
     blocks = [a for a in reader.answers if not a.is_in_think or (is_unclosed and a.end == len(reader.text))]
@@ -211,7 +243,7 @@ def _judge_answers(reader: _Reader) -> Span | None:
     chosen = (readable or blocks)[-1]
     if chosen.start < reader.last_think_tag:
         faults.add(Fault.ORDER)
-    return chosen.span if readable else None
+    return chosen if readable else None
 
 
 def _content_end(text: str) -> int:
@@ -238,7 +270,3 @@ def _read_span(content: str) -> Span | None:
         return None
     start, end = (float(number) for number in match.groups())
     return Span(start, end) if max(start, end) <= MAX_SECONDS else None
-
-
-def _is_same(a: Span, b: Span, tolerance: float) -> bool:
-    return max(abs(a.start - b.start), abs(a.end - b.end)) <= tolerance + _ROUNDING

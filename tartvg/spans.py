@@ -5,7 +5,15 @@ Every function takes two spans and never raises on finite numbers; a reversed sp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from tartvg.types import Span
+
+TOLERANCE = 0.005
+"""Seconds: half a unit of the second decimal, which answers have."""
+_ROUNDING = 1e-9
+"""Slack of comparisons with the tolerance: 13.105 - 13.1 is 0.005 and a bit in floating point."""
 
 
 def intersection(a: Span, b: Span) -> float:
@@ -38,6 +46,36 @@ def soft_iou(a: Span, b: Span) -> float:
     if hull <= 0.0:
         return 0.0
     return (min(a.end, b.end) - max(a.start, b.start)) / hull
+
+
+def is_same(a: Span, b: Span, tolerance: float = TOLERANCE) -> bool:
+    """Whether both ends differ by no more than `tolerance` seconds."""
+    return max(abs(a.start - b.start), abs(a.end - b.end)) <= tolerance + _ROUNDING
+
+
+class Refinement(NamedTuple):
+    """The first of some anchors beside the last; for a single anchor they are the same one."""
+
+    first: float
+    """IoU in [0, 1]."""
+    last: float
+    best: float
+    """Of the best anchor."""
+    is_equal: bool
+    """Whether the last anchor repeats the first."""
+    is_first_exact: bool
+    """Whether the first anchor is the truth, to the second decimal: it cannot be refined."""
+    trend: int
+    """1 where the last anchor is closer to the truth than the first by soft IoU, -1 where it is farther, else 0."""
+
+
+def refinement(anchors: Sequence[Span], windows: Sequence[Span]) -> Refinement:
+    """Compare the first and the last of at least one anchor with the nearest of the true windows."""
+    first, last = anchors[0], anchors[-1]
+    ious = [max(iou(anchor, window) for window in windows) for anchor in anchors]
+    before, after = (max(soft_iou(anchor, window) for window in windows) for anchor in (first, last))
+    is_exact = any(is_same(first, window) for window in windows)
+    return Refinement(ious[0], ious[-1], max(ious), is_same(first, last), is_exact, (after > before) - (after < before))
 
 
 def clip(span: Span, duration: float) -> Span:

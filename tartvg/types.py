@@ -87,6 +87,8 @@ class Fault(str, Enum):
     NO_THINK = "no_think"
     THINK_UNCLOSED = "think_unclosed"
     THINK_REPEATED = "think_repeated"
+    UNWANTED_THINK = "unwanted_think"
+    """A think block where the answer alone was asked for."""
     NO_ANSWER = "no_answer"
     ANSWER_UNCLOSED = "answer_unclosed"
     ANSWER_REPEATED = "answer_repeated"
@@ -217,3 +219,15 @@ class Scorecard:
     """Share of answers that equal the last anchor."""
     oracle_iou: float = 0.0
     """Mean over queries of the best sampled answer's IoU: what the policy could say if it chose well."""
+    first_iou: float = 0.0
+    """Mean IoU of the first anchor of the greedy answers that have one."""
+    last_iou: float = 0.0
+    """Mean IoU of the last anchor of the same."""
+    equal_rate: float = 0.0
+    """Share of greedy answers with several anchors whose last one repeats the first."""
+    first_exact_rate: float = 0.0
+    """Share of the same whose first anchor is the truth, to the second decimal."""
+    inexact_refined_rate: float = 0.0
+    """Share of those whose first anchor is not exact that end closer to the truth."""
+    inexact_worsened_rate: float = 0.0
+    """Share of the same that end farther from the truth."""

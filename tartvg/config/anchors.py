@@ -17,7 +17,13 @@ class AnchorsConfig(Settings, path="anchors"):
     max_count: int = setting(3, at_least=1)
     """Hard cap: above it the format reward is 0 and surplus anchors earn nothing. Without it K = 2 can be hacked."""
     prompt: PromptStyle = PromptStyle.tar
-    """What the model is asked: for anchors, or as TimeZero asks."""
+    """What the model is asked: for anchors, as TimeZero asks, or for the answer alone (`direct`). That one's format
+    allows nothing else; give `reward=timezero` with it."""
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the answer alone is asked for."""
+        return self.prompt is PromptStyle.direct
 
     def __post_init__(self) -> None:
         super().__post_init__()

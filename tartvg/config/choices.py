@@ -91,10 +91,11 @@ class DifficultyRule(Enum):
 
 
 class PromptStyle(Enum):
-    """`tar` asks for anchors, `timezero` is the baseline's published prompt."""
+    """`tar` asks for anchors, `timezero` is the baseline's published prompt, `direct` asks for the answer alone."""
 
     tar = "tar"
     timezero = "timezero"
+    direct = "direct"
 
 
 class LrDecay(Enum):
@@ -110,6 +111,30 @@ class AdvantageScale(Enum):
     sample_std = "sample_std"
     population_std = "population_std"
     none = "none"
+
+
+class Credit(Enum):
+    """Which part of the reward the tokens of which segment are paid for; `tartvg.grpo.credit` has one function each."""
+
+    outcome = "outcome"
+    return_to_go = "return_to_go"
+    own_term = "own_term"
+    turn = "turn"
+    potential = "potential"
+
+
+class Normalise(Enum):
+    """What is compared within a group: the weighted sum of the terms, or each term by itself before its weight."""
+
+    total = "total"
+    terms = "terms"
+
+
+class FormatKind(Enum):
+    """The format term: all or nothing, or in steps."""
+
+    strict = "strict"
+    graded = "graded"
 
 
 class Aggregation(Enum):

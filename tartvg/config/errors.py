@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 
 from omegaconf import DictConfig, OmegaConf
@@ -36,7 +37,8 @@ def explain(error: Exception) -> str:
     if isinstance(cause, MissingMandatoryValue):
         return f"{where}{cause.full_key} is not set"
     own = next((e for e in _chain(cause) if isinstance(e, SettingError)), cause)  # a resolver's, which OmegaConf wraps
-    return f"{where}{cause.full_key}: {str(own).splitlines()[0]}"
+    reason = str(own).splitlines()[0]
+    return f"{where}{cause.full_key}: {reason}{_nearest_value(reason)}"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -79,6 +81,12 @@ def _unknown_choice(missing_file: str, options: list[str]) -> str:
         return f"no such config file: {choice}"
     valid = f"\n  valid: {', '.join(options)}" if options else ""
     return f"{group}={choice}: there is no such choice{_nearest(choice, options)}{valid}"
+
+
+def _nearest_value(reason: str) -> str:
+    """A hint where OmegaConf refuses a value that is none of an enum's names."""
+    match = re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", reason)
+    return _nearest(match[1], match[2].split(", ")) if match else ""
 
 
 def _nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tartvg.config.choices import AdvantageScale, Aggregation, ImportanceLevel, KlEstimator, LrDecay, require
+from tartvg.config.choices import (
+    AdvantageScale,
+    Aggregation,
+    Credit,
+    ImportanceLevel,
+    KlEstimator,
+    LrDecay,
+    Normalise,
+    require,
+)
 from tartvg.config.fields import Effect, Settings, setting
 
 
@@ -56,10 +65,19 @@ class GrpoConfig(Settings, path="grpo"):
     """The probability ratio is clipped above 1 plus this. Larger than clip_low is DAPO's clip-higher."""
     kl_coef: float = setting(0.04, at_least=0)
     """alpha: weight of the KL penalty; 0 skips the reference pass."""
+    kl_time_coef: float | None = setting(None, at_least=0)
+    """Weight of the KL penalty on the digits of times, in anchors and in the answer; null: `kl_coef`, as on all other
+    tokens."""
     kl_estimator: KlEstimator = KlEstimator.k3
     """Schulman's estimator of the KL penalty."""
     advantage_scale: AdvantageScale = AdvantageScale.sample_std
     """What divides the centred rewards of a group."""
+    credit: Credit = Credit.outcome
+    """What the tokens up to an anchor are paid for: the whole completion, as all others (`outcome`, the paper); what is
+    earned from there on (`return_to_go`); that anchor's own terms (`own_term`), without TAR3 (`turn`); or how much
+    better the last anchor is than the one before (`potential`)."""
+    normalise: Normalise = Normalise.total
+    """Whether completions are compared by the weighted sum of the terms, or by each term before its weight (GDPO)."""
     loss_aggregation: Aggregation = Aggregation.sequence_mean
     """How token losses become one number: the mean of the sequences' means, the mean over all tokens of a step, or the
     sum over a constant (Dr. GRPO)."""
@@ -76,6 +94,11 @@ class GrpoConfig(Settings, path="grpo"):
         super().__post_init__()
         temperature = self.sampling.temperature
         require(temperature > 0, "grpo.sampling.temperature", "> 0 (a group needs variety)", temperature)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any token has a KL penalty."""
+        return bool(self.kl_coef or self.kl_time_coef)
 
     def steps_of(self, stage: str) -> int:
         """Rollout batches of `grpo1`, `rollouts` or `grpo2`."""

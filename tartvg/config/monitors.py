@@ -15,6 +15,7 @@ class MonitorName(Enum):
     reward_hacking = "reward_hacking"
     format_collapse = "format_collapse"
     stagnant_refinement = "stagnant_refinement"
+    sandbagging = "sandbagging"
     zero_variance = "zero_variance"
     truncation = "truncation"
     entropy_collapse = "entropy_collapse"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from tartvg.config.choices import CountPenalty, IouKind, Truth
+from tartvg.config.choices import CountPenalty, FormatKind, IouKind, Truth
 from tartvg.config.fields import Settings, setting
 
 
@@ -15,6 +15,8 @@ class RewardConfig(Settings, path="reward"):
 
     format_weight: float = setting(3.0, at_least=0, below=inf)
     """Weight of the format term."""
+    format_kind: FormatKind = FormatKind.strict
+    """Whether the format term is 1 or 0, or graded: part of it for a closed think block and for the order of blocks."""
     iou_weight: float = setting(1.0, at_least=0, below=inf)
     """Weight of the answer's IoU."""
     tar1_weight: float = setting(1.0, at_least=0, below=inf)

@@ -6,9 +6,14 @@ from tartvg.response import parse_response
 from tartvg.types import Completion, GroundingSample, Prediction
 
 
-def prediction(sample: GroundingSample, completion: Completion, index: int, seconds: float = 0.0) -> Prediction:
-    """A completion, read, with everything that scoring and reading it needs. `index` 0 is the greedy one."""
-    response = parse_response(completion.text)
+def prediction(
+    sample: GroundingSample, completion: Completion, index: int, seconds: float = 0.0, *, is_direct: bool = False
+) -> Prediction:
+    """A completion, read, with everything that scoring and reading it needs. `index` 0 is the greedy one.
+
+    `is_direct`: see `parse_response`.
+    """
+    response = parse_response(completion.text, is_direct=is_direct)
     return Prediction(
         sample_id=sample.sample_id,
         sample_index=index,

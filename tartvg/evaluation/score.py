@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tartvg.records import to_json
-from tartvg.spans import iou, iou_with_union, soft_iou
+from tartvg.spans import iou, iou_with_union, refinement, soft_iou
 from tartvg.types import Estimate, Fault, GroundingSample, Prediction, Scorecard, Span
 
 Rule = Literal["best", "first", "union"]
@@ -81,6 +81,9 @@ def score(
     window grew; a tie did not grow; 0 without any pair.
     `answer_match_rate`: share of readable answers that are the last anchor, as the parser compares them
     (`Fault.ANSWER_MISMATCH`); an answer without anchors is not.
+    `first_iou`, `last_iou`: IoU of the first and of the last anchor of greedy answers that have one. Of those with two
+    or more: `equal_rate`, the last repeats the first; `first_exact_rate`, the first is the truth;
+    `inexact_refined_rate`, `inexact_worsened_rate`: the last is closer to the truth than an inexact first, or farther.
     `oracle_iou`: mean over all queries of the best sampled answer's IoU, 0 for a query without one.
 
     `resamples` 0 gives intervals without width. Raises ValueError for an empty or repeated sample, a sample without
@@ -120,6 +123,7 @@ def score(
         refinement_rate=_mean([grew for p in sampled for grew in _refinements(p, by_id[p.sample_id])]),
         answer_match_rate=_mean([_is_consistent(p) for p in sampled if p.answer is not None]),
         oracle_iou=sum(best.values()) / len(samples),
+        **_first_and_last(list(greedy.values()), by_id),
     )
 
 
@@ -214,6 +218,20 @@ def _refinements(p: Prediction, sample: GroundingSample) -> list[bool]:
     """For each anchor but the first: is it closer to the truth than the one before?"""
     values = [max(soft_iou(anchor, window) for window in sample.windows) for anchor in p.anchors]
     return [later > earlier for earlier, later in pairwise(values)]
+
+
+def _first_and_last(greedy: Sequence[Prediction], by_id: Mapping[str, GroundingSample]) -> dict[str, float]:
+    anchored = [(p, refinement(p.anchors, by_id[p.sample_id].windows)) for p in greedy if p.anchors]
+    several = [found for p, found in anchored if len(p.anchors) >= 2]
+    inexact = [found for found in several if not found.is_first_exact]
+    return {
+        "first_iou": _mean([found.first for _, found in anchored]),
+        "last_iou": _mean([found.last for _, found in anchored]),
+        "equal_rate": _mean([found.is_equal for found in several]),
+        "first_exact_rate": _mean([found.is_first_exact for found in several]),
+        "inexact_refined_rate": _mean([found.trend > 0 for found in inexact]),
+        "inexact_worsened_rate": _mean([found.trend < 0 for found in inexact]),
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -53,9 +53,12 @@ class LossInputs:
     """Under the policy that sampled."""
     ref_logps_GT: Tensor | None
     """Under the reference, the policy at the start of the stage; None only when kl_coef is 0."""
-    advantages_G: Tensor
+    advantages_GT: Tensor
+    """Of each token, or (G, 1) where all tokens of a row have the same."""
     mask_GT: Tensor
     """True or 1 at completion tokens that count. A row may be empty."""
+    kl_coef_GT: Tensor | None = None
+    """Weight of the KL penalty at each token; None: `kl_coef` everywhere."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,15 @@ def grpo_loss(inputs: LossInputs, settings: LossSettings, normaliser: float | Te
     token ratios, shared by its tokens (GSPO, arXiv 2507.18071). `normaliser`: see `aggregate`. Arithmetic is fp32 at
     least. Log-ratios are clamped to +-20 nats, so the result is finite whenever the unmasked inputs are.
 
-    Metrics: loss/total = loss/policy + kl_coef * loss/kl, all three aggregated alike; loss/clip_fraction, the share
+    Metrics: loss/total = loss/policy + kl_coef * loss/kl (unless `kl_coef_GT` weights tokens apart), all three
+    aggregated alike; loss/clip_fraction, the share
     of tokens whose clipped branch is the smaller; loss/ratio_mean and loss/ratio_max over tokens (0 without tokens).
     Raises ValueError when kl_coef > 0 and there is no reference. Source: arXiv 2508.07683, GRPO objective.
     """
     if settings.kl_coef > 0 and inputs.ref_logps_GT is None:
         raise ValueError("grpo.kl_coef must be 0 without reference log-probabilities, got " + repr(settings.kl_coef))
     assert inputs.logps_GT.shape == inputs.old_logps_GT.shape == inputs.mask_GT.shape
-    assert inputs.advantages_G.shape == inputs.logps_GT.shape[:1]
+    assert inputs.advantages_GT.shape in (inputs.logps_GT.shape, (*inputs.logps_GT.shape[:1], 1))
     is_token_GT = inputs.mask_GT.bool()
     dtype = torch.promote_types(inputs.logps_GT.dtype, torch.float32)
     mask_GT = is_token_GT.to(dtype)
@@ -110,15 +114,17 @@ def grpo_loss(inputs: LossInputs, settings: LossSettings, normaliser: float | Te
         return aggregate(tokens(values_GT), mask_GT, kind, max_new_tokens=longest, normaliser=normaliser)
 
     logps_GT = tokens(inputs.logps_GT)
-    advantages_G1 = inputs.advantages_G.to(dtype)[:, None]
+    advantages_GT = inputs.advantages_GT.to(dtype)
     ratio_GT = _RATIOS[settings.importance_level](logps_GT - tokens(inputs.old_logps_GT), mask_GT)
-    unclipped_GT = ratio_GT * advantages_G1
-    clipped_GT = ratio_GT.clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantages_G1
+    unclipped_GT = ratio_GT * advantages_GT
+    clipped_GT = ratio_GT.clamp(1 - settings.clip_low, 1 + settings.clip_high) * advantages_GT
     policy = mean(-torch.minimum(unclipped_GT, clipped_GT))
-    kl = torch.zeros_like(policy)
+    kl = penalty = torch.zeros_like(policy)
     if inputs.ref_logps_GT is not None:
-        kl = mean(kl_tokens(logps_GT, tokens(inputs.ref_logps_GT), settings.kl_estimator))
-    loss = policy + settings.kl_coef * kl
+        kl_GT = kl_tokens(logps_GT, tokens(inputs.ref_logps_GT), settings.kl_estimator)
+        kl = mean(kl_GT)
+        penalty = settings.kl_coef * kl if inputs.kl_coef_GT is None else mean(inputs.kl_coef_GT * kl_GT)
+    loss = policy + penalty
 
     num_tokens = mask_GT.sum().clamp(min=1)
     metrics = {

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import fmean, pstdev
 
+from tartvg.spans import Refinement, refinement
 from tartvg.types import Fault, Rollout, RolloutGroup
 
 
@@ -20,6 +21,13 @@ def rollout_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, fl
     - anchors/anchored_rate: share of completions whose reasoning holds an anchor; pairs_mean: successive anchors each
     - anchors/refinement_rate: share of successive anchors whose soft IoU grew (delta_i = +1 of TAR3)
     - anchors/answer_match_rate: share of readable answers that equal the last anchor
+    - anchors/first_iou_mean, last_iou_mean: IoU, in [0, 1], of the first and of the last anchor, over completions with
+      at least two of them (one where K is 1); gain_mean: last minus first
+    - anchors/held_back_mean: IoU of a completion's own best anchor minus that of its first: what it could have said at
+      once. Over the same completions, and so are
+    - anchors/equal_rate: the last anchor repeats the first; first_exact_rate: the first is the truth, to 0.005 s
+    - anchors/inexact_refined_rate, inexact_worsened_rate: of those whose first anchor is not exact, how many end closer
+      to the truth, and how many farther from it
     - group/zero_variance_rate: share of groups whose rewards are all equal, which teach nothing
 
     - rollout/entropy: mean of -log p over all sampled tokens, in nats: an unbiased estimate of the policy's entropy per
@@ -43,7 +51,7 @@ def _pooled_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, fl
         "reward/total_mean": fmean(r.total for r in rewards),
         "reward/total_std": pstdev([r.total for r in rewards]),
         **{f"reward/{name}_mean": fmean(r.terms[name] for r in rewards) for name in rewards[0].terms},
-        **_anchor_metrics(rollouts, target),
+        **_anchor_metrics(rollouts, groups, target),
         "group/zero_variance_rate": _rate(min(group) == max(group) for group in totals),
         "group/reward_std_mean": fmean(pstdev(group) for group in totals),
         "rollout/entropy": -sum(sum(r.completion.logps) for r in rollouts) / max(1, sum(lengths)),
@@ -70,7 +78,7 @@ def _source_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, fl
     return found
 
 
-def _anchor_metrics(rollouts: Sequence[Rollout], target: int) -> dict[str, float]:
+def _anchor_metrics(rollouts: Sequence[Rollout], groups: Sequence[RolloutGroup], target: int) -> dict[str, float]:
     well_formed = [r.response.num_anchors if r.reward.terms["format"] == 1.0 else 0 for r in rollouts]
     answered = [r.response for r in rollouts if r.response.answer is not None]
     return {
@@ -83,7 +91,31 @@ def _anchor_metrics(rollouts: Sequence[Rollout], target: int) -> dict[str, float
         "anchors/answer_match_rate": _rate(
             bool(response.anchors) and Fault.ANSWER_MISMATCH not in response.faults for response in answered
         ),
+        **_first_and_last([
+            refinement(r.response.anchors, group.prompt.sample.windows[:1])
+            for group in groups
+            for r in group.rollouts
+            if r.response.num_anchors >= min(2, target)
+        ]),
+    }  # fmt: skip
+
+
+def _first_and_last(found: Sequence[Refinement]) -> dict[str, float]:
+    inexact = [r for r in found if not r.is_first_exact]
+    return {
+        "anchors/first_iou_mean": _mean([r.first for r in found]),
+        "anchors/last_iou_mean": _mean([r.last for r in found]),
+        "anchors/gain_mean": _mean([r.last - r.first for r in found]),
+        "anchors/held_back_mean": _mean([r.best - r.first for r in found]),
+        "anchors/equal_rate": _rate(r.is_equal for r in found),
+        "anchors/first_exact_rate": _rate(r.is_first_exact for r in found),
+        "anchors/inexact_refined_rate": _rate(r.trend > 0 for r in inexact),
+        "anchors/inexact_worsened_rate": _rate(r.trend < 0 for r in inexact),
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fmean(values) if values else 0.0
 
 
 def _rate(flags: Iterable[bool]) -> float:

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tartvg.report.cells import is_run, is_sweep, read_sweep_folder
-from tartvg.report.compare import budget_table, comparison_table, differences, reference_of, significance_table
+from tartvg.report.compare import (
+    anchors_table,
+    budget_table,
+    comparison_table,
+    differences,
+    reference_of,
+    significance_table,
+)
 from tartvg.report.seeds import tables
 from tartvg.report.tables import Table, to_markdown
 
@@ -39,7 +46,8 @@ def _of_sweep(folder: Path) -> list[Table]:
     """Without the data set there is no test by video; stage=report makes it."""
     comparison = read_sweep_folder(folder)
     tested = significance_table(differences(comparison, reference_of(comparison), {}))
-    return [comparison_table(comparison), *([tested] if tested else []), budget_table(comparison)]
+    scored = [comparison_table(comparison), *([tested] if tested else []), anchors_table(comparison)]
+    return [*scored, budget_table(comparison)]
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def terms_html(reward: RewardBreakdown) -> str:
 def _terms_of(text: str, sample: GroundingSample | None, rubric: Rubric | None) -> str:
     if rubric is None or sample is None or not sample.windows:
         return ""
-    return terms_html(rubric.score(parse_response(text), sample))
+    return terms_html(rubric.score(parse_response(text, is_direct=rubric.anchors.is_direct), sample))
 
 
 def _rollout_html(rank: str, group: RolloutGroup, rollout: Rollout) -> str:

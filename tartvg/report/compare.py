@@ -13,7 +13,7 @@ from tartvg.report.cells import Comparison, Entry
 from tartvg.report.paper import METRICS, paper_cells, paper_note, repeats_paper
 from tartvg.report.questions import are_alike, data_label
 from tartvg.report.runs import RunFolder, config_of
-from tartvg.report.seeds import COLUMNS, spread
+from tartvg.report.seeds import ANCHOR_COLUMNS, COLUMNS, spread
 from tartvg.report.tables import DASH, PAPER_COLUMN, Cell, Table, duration
 from tartvg.timing import PHASES
 from tartvg.types import GroundingSample, Prediction, Scorecard
@@ -86,6 +86,21 @@ def comparison_table(comparison: Comparison) -> Table:
     names = [n for name in ORDER for n in ((name, PAPER_COLUMN + name) if has_paper and name in METRICS else (name,))]
     note = _scores_note(comparison) + (paper_note(comparison.axes) if has_paper else "")
     return Table("Scores by variant", ("variant", *shown, "seeds", *names, "anchors"), tuple(rows), note)
+
+
+def anchors_table(comparison: Comparison) -> Table:
+    """One row per variant: what the first anchor is worth and what the last adds, over seeds."""
+    rows = []
+    for variant in comparison.variants:
+        cards = [card for card in map(card_of, comparison.of(variant)) if card is not None]
+        cells = [Cell(spread([read(card) for card in cards if card.count_mean])) for read in ANCHOR_COLUMNS.values()]
+        rows.append((Cell(variant), *cells))
+    note = (
+        "Percent, of greedy answers. Equal: the last anchor repeats the first. Refined and made worse: of the answers "
+        "whose first anchor is not exact to the second decimal, which leaves nothing to refine. Scores of versions "
+        "that did not measure this show 0."
+    )
+    return Table("First and last anchor", ("variant", *ANCHOR_COLUMNS), tuple(rows), note)
 
 
 def _scores_note(comparison: Comparison) -> str:

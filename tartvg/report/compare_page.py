@@ -16,6 +16,7 @@ from tartvg.report.bands import panels_of
 from tartvg.report.cards import case_html, choose_extremes, rollouts_html
 from tartvg.report.cells import Comparison, Entry, status_line
 from tartvg.report.compare import (
+    anchors_table,
     budget_table,
     comparison_table,
     differences,
@@ -60,11 +61,12 @@ def build_comparison(
     """
     reference = reference_of(comparison)
     tested = significance_table(differences(comparison, reference, samples_by_id))
-    tables = [comparison_table(comparison), *([tested] if tested else []), budget_table(comparison)]
+    scored = [comparison_table(comparison), *([tested] if tested else []), anchors_table(comparison)]
+    tables = [*scored, budget_table(comparison)]
     title = f"TAR-TVG: {comparison.title}"
     place = folder / FOLDER
     pages = write_stage_pages(comparison, place)
-    scores = "".join(to_html(table) for table in tables[: 2 if tested else 1])
+    scores = "".join(map(to_html, scored))
     sections = [
         ("scores", "Scores", scores),
         ("curves", "Learning curves", panels_html([panel for page in pages.values() for panel in page.panels])),

@@ -44,6 +44,18 @@ PANELS = (
     PanelSpec("anchors/valid_rate", "Valid outputs (right format, 2+ anchors)", ("grpo1", "grpo2"), is_share=True),
     PanelSpec("anchors/count_mean", "Anchors per output", ("grpo1", "grpo2")),
     PanelSpec("anchors/refinement_rate", "Refined anchors", ("grpo1", "grpo2"), is_share=True),
+    PanelSpec("anchors/first_iou_mean", "IoU of the first anchor", ("grpo1", "grpo2"), is_share=True),
+    PanelSpec("anchors/last_iou_mean", "IoU of the last anchor", ("grpo1", "grpo2"), is_share=True),
+    PanelSpec("anchors/gain_mean", "Gain from the first to the last anchor (IoU)", ("grpo1", "grpo2")),
+    PanelSpec("anchors/held_back_mean", "Held back: best anchor minus the first (IoU)", ("grpo1", "grpo2")),
+    PanelSpec("anchors/equal_rate", "Last anchor repeats the first", ("grpo1", "grpo2"), is_share=True),
+    PanelSpec("anchors/first_exact_rate", "First anchor is exact", ("grpo1", "grpo2"), is_share=True),
+    PanelSpec(
+        "anchors/inexact_refined_rate", "Refined, of those not exact at first", ("grpo1", "grpo2"), is_share=True
+    ),
+    PanelSpec(
+        "anchors/inexact_worsened_rate", "Made worse, of those not exact at first", ("grpo1", "grpo2"), is_share=True
+    ),
     # Not loss/kl: this one is the same estimate in every run, and is measured without a KL penalty, too.
     PanelSpec("rollout/kl", "KL to the reference (nats per token)", ("grpo1", "grpo2")),
     PanelSpec("rollout/entropy", "Entropy (nats per token)", ("grpo1", "grpo2")),

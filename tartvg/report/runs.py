@@ -231,7 +231,8 @@ def _shown(configs: Mapping[str, str]) -> str | None:
 
 def _computed(lines: Iterable[dict[str, Any]], config: str | None) -> Metrics:
     """The lines without `loss/kl` where the penalty is off: the loss then has no reference and logs 0."""
-    if OmegaConf.select(parsed(config or ""), "grpo.kl_coef") == 0:
+    settings = parsed(config or "")
+    if OmegaConf.select(settings, "grpo.kl_coef") == 0 and not OmegaConf.select(settings, "grpo.kl_time_coef"):
         return [{name: value for name, value in line.items() if name != "loss/kl"} for line in lines]
     return list(lines)
 

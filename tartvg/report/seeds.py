@@ -20,6 +20,17 @@ COLUMNS: dict[str, Callable[[Scorecard], float]] = {
     "R1@0.7": lambda card: 100 * card.recall[0.7].value,
 }
 
+ANCHOR_COLUMNS: dict[str, Callable[[Scorecard], float]] = {
+    "IoU: first anchor": lambda card: 100 * card.first_iou,
+    "last anchor": lambda card: 100 * card.last_iou,
+    "gain": lambda card: 100 * (card.last_iou - card.first_iou),
+    "equal": lambda card: 100 * card.equal_rate,
+    "first exact": lambda card: 100 * card.first_exact_rate,
+    "refined": lambda card: 100 * card.inexact_refined_rate,
+    "made worse": lambda card: 100 * card.inexact_worsened_rate,
+}
+"""Of greedy answers; the last two are shares of those whose first anchor is not exact."""
+
 
 def spread(values: Sequence[float]) -> str:
     """`61.1 ± 0.4`; a single value has no spread."""

@@ -226,8 +226,9 @@ def _predict_batch(policy: Policy, prompts: Sequence[Prompt], clips: Clips, conf
         sampled = policy.sample(prepared, config.evaluate.num_samples, limits, seeds)
         answers = [[*a, *s] for a, s in zip(answers, sampled, strict=True)]
     seconds = (time.perf_counter() - start) / sum(map(len, answers))
+    is_direct = config.anchors.is_direct
     return [
-        prediction(item.prompt.sample, completion, index, seconds)
+        prediction(item.prompt.sample, completion, index, seconds, is_direct=is_direct)
         for item, group in zip(prepared, answers, strict=True)
         for index, completion in enumerate(group)
     ]
@@ -244,6 +245,12 @@ def scores_as_metrics(card: Scorecard, dataset: str) -> dict[str, float]:
         "refinement_rate": card.refinement_rate,
         "answer_match_rate": card.answer_match_rate,
         "oracle_iou": card.oracle_iou,
+        "first_iou": card.first_iou,
+        "last_iou": card.last_iou,
+        "equal_rate": card.equal_rate,
+        "first_exact_rate": card.first_exact_rate,
+        "inexact_refined_rate": card.inexact_refined_rate,
+        "inexact_worsened_rate": card.inexact_worsened_rate,
         "num_unparsed": float(card.num_unparsed),
         "num_missing": float(card.num_missing),
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 from tartvg.config import Config, FilterConfig, SettingError
 from tartvg.records import group_from_json, read_jsonl, to_json, write_atomic, write_jsonl
+from tartvg.response import read_marks
 from tartvg.stages.folder import StageFolder, run_dir
 from tartvg.stages.keys import fingerprint, settings_of
 from tartvg.tracking import Tracker
@@ -30,8 +31,20 @@ def rejections(rollout: Rollout, rule: FilterConfig) -> list[str]:
     return failed
 
 
-def select(groups: Iterable[RolloutGroup], rule: FilterConfig) -> tuple[list[Trace], int, Counter[str]]:
-    """Kept traces (in the order of the rollouts, each text once per query), rollouts read, rejections per clause."""
+def answer_block(text: str) -> str | None:
+    """Cut the answer's block out of a completion; None without a readable one."""
+    place = read_marks(text).answer
+    return None if place is None else f"<answer>{text[slice(*place)]}"
+
+
+def select(
+    groups: Iterable[RolloutGroup], rule: FilterConfig, *, is_direct: bool = False
+) -> tuple[list[Trace], int, Counter[str]]:
+    """Kept traces (in the order of the rollouts, each text once per query), rollouts read, rejections per clause.
+
+    With `is_direct` a trace is the answer's block alone: a base that always reasons never says it by itself, so nothing
+    but these traces can teach it.
+    """
     rejected: Counter[str] = Counter()
     kept: dict[str, dict[str, Trace]] = {}
     total = 0
@@ -42,7 +55,11 @@ def select(groups: Iterable[RolloutGroup], rule: FilterConfig) -> tuple[list[Tra
             rejected.update(failed)
             if failed:
                 continue
-            key, text = group.prompt.sample.sample_id, rollout.completion.text
+            key, said = group.prompt.sample.sample_id, rollout.completion.text
+            text = answer_block(said) if is_direct else said
+            if text is None:
+                rejected["no readable answer"] += 1
+                continue
             trace = Trace(key, text, rollout.reward.total, rollout.reward.anchor_ious)
             if text in kept.setdefault(key, {}):
                 rejected["the same text again"] += 1
@@ -59,7 +76,8 @@ def select(groups: Iterable[RolloutGroup], rule: FilterConfig) -> tuple[list[Tra
 
 def key_of(config: Config, source: Path) -> dict[str, Any]:
     """What the traces depend on; `source` holds the rollouts."""
-    return {**settings_of(config, "filter"), "rollouts": fingerprint(source)}
+    cut = settings_of(config, "anchors.prompt") if config.anchors.is_direct else {}
+    return {**settings_of(config, "filter"), **cut, "rollouts": fingerprint(source)}
 
 
 def run_filter(config: Config) -> None:
@@ -72,7 +90,9 @@ def run_filter(config: Config) -> None:
     with place.work() as is_needed:
         if not is_needed:
             return
-        traces, total, rejected = select(map(group_from_json, read_jsonl(source)), config.filter)
+        traces, total, rejected = select(
+            map(group_from_json, read_jsonl(source)), config.filter, is_direct=config.anchors.is_direct
+        )
         write_jsonl(place.folder / "traces.jsonl", traces)
         summary = {"num_rollouts": total, "num_kept": len(traces), "rejected": dict(rejected)}
         write_atomic(place.folder / "summary.json", json.dumps(summary, indent=1) + "\n")

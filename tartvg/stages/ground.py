@@ -47,7 +47,7 @@ def run_ground(config: Config) -> None:
     policy = load_policy(config, adapter, num_decoders=0).eval()
     prepared = policy.prepare(build_prompt(sample, config.anchors), clip)
     completion = policy.sample([prepared], 1, greedy(config.grpo.sampling), [0])[0][0]
-    response = parse_response(completion.text)
+    response = parse_response(completion.text, is_direct=config.anchors.is_direct)
     print(completion.text)
     for number, anchor in enumerate(response.anchors, start=1):
         print(f"anchor {number}: {anchor} s")

@@ -86,6 +86,13 @@ def _training() -> tuple[Section, ...]:
                 Panel("Anchors per completion", ("anchors/count_mean",)),
                 Panel("Share of completions with an anchor", ("anchors/anchored_rate",)),
                 Panel("Later anchor closer to the truth", ("anchors/refinement_rate",)),
+                Panel("IoU of the first and of the last anchor", ("anchors/first_iou_mean", "anchors/last_iou_mean")),
+                Panel("Gain, and held back (IoU)", ("anchors/gain_mean", "anchors/held_back_mean")),
+                Panel("First anchor exact, and said twice", ("anchors/first_exact_rate", "anchors/equal_rate")),
+                Panel(
+                    "First anchor not exact: refined, made worse",
+                    ("anchors/inexact_refined_rate", "anchors/inexact_worsened_rate"),
+                ),
                 Panel("Answer is the last anchor", ("anchors/answer_match_rate",)),
                 Panel("Same times with shuffled frames", ("anchors/shuffled_agreement",)),
                 Panel("Reward terms", tuple(f"reward/{term.name}_mean" for term in rewards.rubric.TERMS)),
@@ -124,6 +131,8 @@ def _evaluation(prefix: str) -> Section:
         "R1": ("r1@0.3", "r1@0.5", "r1@0.7"),
         "Format and valid": ("format_rate", "valid_rate"),
         "Refined, and answer is the last anchor": ("refinement_rate", "answer_match_rate"),
+        "IoU of the first anchor, of the last": ("first_iou", "last_iou"),
+        "First anchor exact, said twice": ("first_exact_rate", "equal_rate"),
         "mIoU with wrong videos": ("shuffled_control_miou", "other_control_miou"),
     }
     panels = [Panel(t, tuple(f"{prefix}/{name}" for name in names), PanelKind.bar) for t, names in bars.items()]

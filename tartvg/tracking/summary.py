@@ -13,6 +13,8 @@ HIGHER_IS_BETTER = (
     "anchors/target_rate",
     "anchors/refinement_rate",
     "anchors/answer_match_rate",
+    "anchors/first_iou_mean",
+    "anchors/last_iou_mean",
     "eval/val/miou",
 )
 LOWER_IS_BETTER = ("loss/total",)

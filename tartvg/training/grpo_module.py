@@ -5,7 +5,6 @@ Dimensions: P prompts, G rollouts per prompt, T tokens. Lists named `_P` have on
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,25 +15,18 @@ from torch import Tensor
 
 from tartvg.config import Aggregation, AnchorsConfig, GrpoConfig
 from tartvg.data.packets import VideoError
-from tartvg.grpo import (
-    LossInputs,
-    LossOutput,
-    LossSettings,
-    group_advantages,
-    grpo_loss,
-    merged_metrics,
-    rollout_metrics,
-)
+from tartvg.grpo import LossInputs, LossOutput, LossSettings, grpo_loss, merged_metrics, rollout_metrics
 from tartvg.grpo.aggregation import divisor
 from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch, token_batch
 from tartvg.policy.sampling import stream_seed
-from tartvg.records import append_jsonl, group_from_json, to_json
+from tartvg.records import append_jsonl, group_from_json, to_json, with_rounded_logps
 from tartvg.response import parse_response
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
 from tartvg.training import distributed
 from tartvg.training.batches import StepBatch
 from tartvg.training.checkpoint import Checkpoint
+from tartvg.training.credit import kl_coefs, segment_advantages, token_advantages
 from tartvg.training.out_of_memory import ALL_ROWS, in_fewest_parts, is_out_of_memory
 from tartvg.training.probes import Row, control_rows, drift_rows, is_due, measured, rows_of, sampler_gap
 from tartvg.training.step import StageRun, StepModule
@@ -57,6 +49,8 @@ class TrainingGroup:
     old_GT: Tensor
     """log-probabilities under the policy that sampled, filled by the first update. Those recorded while sampling come
     from other kernels: in 16 bits they differ enough to leave a narrow clip range before any update."""
+    kl_coef_GT: Tensor | None = None
+    """Weight of the KL penalty at each token; None: `grpo.kl_coef` everywhere."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +100,14 @@ class GrpoModule(StepModule):
         kept = [each for each in sampled if self.has_reward_spread(each[2])]
         prepared_P = [prepared for _, prepared, _ in kept]
         tokens_P = [token_batch([r.completion for r in group.rollouts], self.policy.device) for _, _, group in kept]
-        reference_P = self.reference_logps(prepared_P, tokens_P) if self.settings.kl_coef else [None] * len(kept)
+        reference_P = (
+            self.reference_logps(prepared_P, tokens_P) if self.settings.needs_reference else [None] * len(kept)
+        )
         probes = self.probe(prepared_P, tokens_P, reference_P, batch.step)
         groups = [
-            TrainingGroup(index, prepared, group, tokens, reference_GT, torch.zeros_like(tokens.logps))
+            TrainingGroup(
+                index, prepared, group, tokens, reference_GT, torch.zeros_like(tokens.logps), self.kl_coefs(group)
+            )
             for (index, prepared, group), tokens, reference_GT in zip(kept, tokens_P, reference_P, strict=True)
         ]
         return Experience([(index, group) for index, _, group in sampled], groups, probes)
@@ -161,13 +159,15 @@ class GrpoModule(StepModule):
         """Parse the completions of one prompt and score them."""
         rollouts = []
         for completion in completions:
-            response = parse_response(completion.text)
+            response = parse_response(completion.text, is_direct=self.anchors.is_direct)
             rollouts.append(Rollout(completion, response, self.rubric.score(response, prompt.sample)))
         return RolloutGroup(prompt, tuple(rollouts), step)
 
     def has_reward_spread(self, group: RolloutGroup) -> bool:
-        """Whether a group is trained on: with `drop_zero_variance`, only one whose rewards differ."""
-        return not self.settings.drop_zero_variance or len({r.reward.total for r in group.rollouts}) > 1
+        """Whether a group is trained on: with `drop_zero_variance`, only one whose rewards or advantages differ."""
+        if not self.settings.drop_zero_variance or len({r.reward.total for r in group.rollouts}) > 1:
+            return True
+        return bool(segment_advantages(group, self.rubric, self.settings).any())
 
     def reference_logps(self, prepared_P: Sequence[PreparedPrompt], tokens_P: Sequence[TokenBatch]) -> list[Tensor]:
         """log-probabilities (G, T) of each group under the policy at the start of the stage."""
@@ -217,8 +217,8 @@ class GrpoModule(StepModule):
         for iteration in range(self.settings.num_iterations):
             loss = partial(self.loss, num_groups=num_groups, normaliser=normaliser, is_first=iteration == 0)
             losses = [
-                self.as_group_loss(group.prepared, group.tokens, partial(loss, group, advantages_G))
-                for group, advantages_G in zip(groups, advantages_P, strict=True)
+                self.as_group_loss(group.prepared, group.tokens, partial(loss, group, advantages_GT))
+                for group, advantages_GT in zip(groups, advantages_P, strict=True)
             ]
             with self.policy.timer("update"):
                 result = self.update(losses, step)
@@ -229,9 +229,13 @@ class GrpoModule(StepModule):
         return metrics
 
     def advantages(self, group: RolloutGroup) -> Tensor:
-        """A_G: each reward compared with those of its group."""
-        rewards_G = torch.tensor([r.reward.total for r in group.rollouts], dtype=torch.float32)
-        return group_advantages(rewards_G, self.settings.advantage_scale).to(self.device)
+        """Compare what was earned within the group, by `grpo.credit`: (G, T), or (G, 1) if the same for all tokens."""
+        return token_advantages(group, self.rubric, self.settings, self.policy.tokenizer).to(self.device)
+
+    def kl_coefs(self, group: RolloutGroup) -> Tensor | None:
+        """Weight of the KL penalty at each token, with `grpo.kl_time_coef`."""
+        coef_GT = kl_coefs(group, self.settings, self.policy.tokenizer)
+        return None if coef_GT is None else coef_GT.to(self.device)
 
     def normaliser(self, groups: Sequence[TrainingGroup], num_groups: int) -> float | None:
         """Tokens of all groups of all ranks over the number of groups, where the loss is a mean over tokens; else None.
@@ -251,7 +255,7 @@ class GrpoModule(StepModule):
         return tokens.mask & is_finished_G[:, None]
 
     def loss(
-        self, group: TrainingGroup, advantages_G: Tensor, part: slice, *, num_groups: int,
+        self, group: TrainingGroup, advantages_GT: Tensor, part: slice, *, num_groups: int,
         normaliser: float | None = None, is_first: bool = True,
     ) -> LossOutput:  # fmt: skip
         """Share of some rows of one group in the step's loss.
@@ -265,7 +269,8 @@ class GrpoModule(StepModule):
         if is_first:
             group.old_GT[part] = logps_GT.detach()
         reference_GT = None if group.reference_GT is None else group.reference_GT[part]
-        inputs = LossInputs(logps_GT, group.old_GT[part], reference_GT, advantages_G[part], mask_GT[part])
+        kl_coef_GT = None if group.kl_coef_GT is None else group.kl_coef_GT[part]
+        inputs = LossInputs(logps_GT, group.old_GT[part], reference_GT, advantages_GT[part], mask_GT[part], kl_coef_GT)
         output = grpo_loss(inputs, self.loss_settings, normaliser)
         gap = sampler_gap(rows_of(group.tokens, part), group.old_GT[part])
         return replace(output, loss=output.loss / num_groups, metrics=output.metrics | {"rollout/logp_gap": gap})
@@ -286,10 +291,10 @@ class GrpoModule(StepModule):
             {
                 "sample_id": group.group.prompt.sample.sample_id,
                 "loss": float(merged_metrics(outputs)["loss/total"]),
-                "advantages": advantages_G.tolist(),
+                "advantages": advantages_GT.tolist(),
                 "group": to_json(group.group),
             }
-            for group, advantages_G, outputs in zip(groups, advantages_P, result.outputs, strict=True)
+            for group, advantages_GT, outputs in zip(groups, advantages_P, result.outputs, strict=True)
             if outputs
         ]
 
@@ -310,17 +315,3 @@ class GrpoModule(StepModule):
             append_jsonl(self.run.folder / "rollouts.jsonl", [with_rounded_logps(g) for g in groups])
         if (step + 1) % self.run.trainer.checkpoint_every == 0 or step + 1 == self.run.max_steps:
             self.tracker.examples(groups, step)
-
-
-UNKNOWN_LOGP = -1e9
-"""Stands for a log-probability that is not finite."""
-
-
-def with_rounded_logps(group: RolloutGroup) -> RolloutGroup:
-    """Round log-probabilities to five digits: rollouts are read by people and by the filter, not trained on again."""
-    rollouts = []
-    for rollout in group.rollouts:
-        # a policy whose weights broke must still be readable; JSON has no NaN
-        rounded = tuple(round(v, 5) if math.isfinite(v) else UNKNOWN_LOGP for v in rollout.completion.logps)
-        rollouts.append(replace(rollout, completion=replace(rollout.completion, logps=rounded)))
-    return replace(group, rollouts=tuple(rollouts))

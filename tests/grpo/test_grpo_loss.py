@@ -15,15 +15,25 @@ TOKEN_COUNTS = [5, 3, 0, 6, 1]
 NAMES = {"loss/total", "loss/policy", "loss/kl", "loss/clip_fraction", "loss/ratio_mean", "loss/ratio_max"}
 
 
-def make_inputs(seed: int = 0, spread: float = 0.4) -> LossInputs:
-    """Five rows in float64; one is empty, one has a hole in its mask, both signs of advantage are clipped."""
+FIELDS = ("logps_GT", "old_logps_GT", "ref_logps_GT", "advantages_GT", "mask_GT")
+
+
+def make_inputs(seed: int = 0, spread: float = 0.4, per_token: bool = False) -> LossInputs:
+    """Five rows in float64; one is empty, one has a hole in its mask, both signs of advantage are clipped.
+
+    With `per_token` advantages and the weight of the KL penalty differ from token to token.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = (len(TOKEN_COUNTS), max(TOKEN_COUNTS))
     logps, old, ref = (torch.randn(shape, generator=generator, dtype=torch.float64) * spread - 2 for _ in range(3))
     mask = torch.arange(shape[1])[None] < torch.tensor(TOKEN_COUNTS)[:, None]
     mask[3, 2] = False
-    advantages = torch.tensor([1.2, -0.7, 0.4, -1.5, 0.6], dtype=torch.float64)
-    return LossInputs(logps.requires_grad_(), old, ref, advantages, mask)
+    advantages = torch.tensor([1.2, -0.7, 0.4, -1.5, 0.6], dtype=torch.float64)[:, None]
+    kl_coef = None
+    if per_token:
+        kl_coef = torch.rand(shape, generator=generator, dtype=torch.float64)
+        advantages = advantages + torch.randn(shape, generator=generator, dtype=torch.float64)
+    return LossInputs(logps.requires_grad_(), old, ref, advantages, mask, kl_coef)
 
 
 def literal_loss(inputs: LossInputs, settings: LossSettings, normaliser: float | None = None) -> Tensor:
@@ -40,8 +50,10 @@ def literal_loss(inputs: LossInputs, settings: LossSettings, normaliser: float |
             rho = torch.exp(log_ratio)
             low, high = (rho.new_tensor(bound) for bound in (1 - settings.clip_low, 1 + settings.clip_high))
             clipped = min(max(rho, low), high)
-            objective = min(rho * inputs.advantages_G[i], clipped * inputs.advantages_G[i])
-            if settings.kl_coef:
+            advantage = inputs.advantages_GT[i].expand(num_columns)[t]
+            objective = min(rho * advantage, clipped * advantage)
+            kl_coef = settings.kl_coef if inputs.kl_coef_GT is None else inputs.kl_coef_GT[i, t]
+            if kl_coef:
                 assert inputs.ref_logps_GT is not None
                 delta = inputs.ref_logps_GT[i, t] - inputs.logps_GT[i, t]
                 kl = {
@@ -49,7 +61,7 @@ def literal_loss(inputs: LossInputs, settings: LossSettings, normaliser: float |
                     KlEstimator.k2: 0.5 * delta * delta,
                     KlEstimator.k3: torch.exp(delta) - delta - 1,
                 }[settings.kl_estimator]
-                objective = objective - settings.kl_coef * kl
+                objective = objective - kl_coef * kl
             losses.append(-objective)
         rows.append(losses)
     zero = inputs.logps_GT.sum() * 0
@@ -65,11 +77,11 @@ def literal_loss(inputs: LossInputs, settings: LossSettings, normaliser: float |
 @pytest.mark.parametrize("importance", ImportanceLevel)
 @pytest.mark.parametrize("kl", KlEstimator)
 def test_loss_and_gradient_equal_the_equations(aggregation: Aggregation, importance: ImportanceLevel, kl: KlEstimator):
-    for seed, kl_coef, (low, high), normaliser in product(
-        range(3), [0.0, 0.04, 1.0], [(0.2, 0.2), (0.2, 0.28), (3e-4, 4e-4)], [None, 37.0]
+    for seed, kl_coef, (low, high), normaliser, per_token in product(
+        range(2), [0.0, 0.04, 1.0], [(0.2, 0.28), (3e-4, 4e-4)], [None, 37.0], [False, True]
     ):
         settings = LossSettings(low, high, kl_coef, kl, aggregation, importance, max_new_tokens=11)
-        inputs = make_inputs(seed)
+        inputs = make_inputs(seed, per_token=per_token)
         expected = literal_loss(inputs, settings, normaliser)
         (expected_gradient,) = torch.autograd.grad(expected, inputs.logps_GT)
         output = grpo_loss(inputs, settings, normaliser)
@@ -84,7 +96,7 @@ def one_token(log_ratio: float, advantage: float, **changes: object) -> LossInpu
         logps_GT=torch.tensor([[log_ratio - 1.0]], dtype=torch.float64, requires_grad=True),
         old_logps_GT=torch.tensor([[-1.0]], dtype=torch.float64),
         ref_logps_GT=None,
-        advantages_G=torch.tensor([advantage], dtype=torch.float64),
+        advantages_GT=torch.tensor([[advantage]], dtype=torch.float64),
         mask_GT=torch.ones(1, 1),
     )
     return replace(inputs, **changes)  # type: ignore[arg-type]
@@ -125,11 +137,11 @@ def test_on_policy_loss_is_minus_the_advantage_and_its_gradient_is_policy_gradie
     inputs = replace(inputs, old_logps_GT=inputs.logps_GT.detach(), ref_logps_GT=inputs.logps_GT.detach())
     output = grpo_loss(inputs, LossSettings())
     lengths = inputs.mask_GT.sum(1)
-    assert output.loss.item() == pytest.approx(-(inputs.advantages_G * (lengths > 0)).sum().item() / 5)
+    assert output.loss.item() == pytest.approx(-(inputs.advantages_GT[:, 0] * (lengths > 0)).sum().item() / 5)
     assert output.metrics["loss/kl"] == 0 and output.metrics["loss/clip_fraction"] == 0
     assert output.metrics["loss/ratio_mean"] == 1 and output.metrics["loss/ratio_max"] == 1
     (gradient,) = torch.autograd.grad(output.loss, inputs.logps_GT)
-    weights = -inputs.advantages_G / 5 / lengths.clamp(min=1)
+    weights = -inputs.advantages_GT[:, 0] / 5 / lengths.clamp(min=1)
     torch.testing.assert_close(gradient, weights[:, None] * inputs.mask_GT)
 
 
@@ -153,7 +165,7 @@ def test_kl_of_one_token(kl: KlEstimator, value: float, slope: float):
 def test_k3_pulls_back_however_far_the_policy_went():
     """Beyond the clamp of the exponential the linear term goes on: its gradient is 1 where exp(delta) vanishes."""
     logps = torch.tensor([[-1.0]], requires_grad=True)
-    inputs = LossInputs(logps, logps.detach(), torch.tensor([[-26.0]]), torch.zeros(1), torch.ones(1, 1))
+    inputs = LossInputs(logps, logps.detach(), torch.tensor([[-26.0]]), torch.zeros(1, 1), torch.ones(1, 1))
     out = grpo_loss(inputs, LossSettings(kl_coef=1.0))
     assert float(out.loss.detach()) == pytest.approx(24.0)
     (gradient,) = torch.autograd.grad(out.loss, logps)
@@ -175,9 +187,7 @@ def test_k3_is_accurate_for_tiny_gaps_in_single_precision():
 def test_groups_with_a_shared_normaliser_add_up(aggregation: Aggregation):
     settings = LossSettings(loss_aggregation=aggregation, max_new_tokens=9)
     parts = [make_inputs(seed) for seed in (1, 2, 3)]
-    whole = LossInputs(
-        *(torch.cat([getattr(part, name) for part in parts]).detach() for name in LossInputs.__dataclass_fields__)
-    )
+    whole = LossInputs(*(torch.cat([getattr(part, name) for part in parts]).detach() for name in FIELDS))
     normaliser = {
         Aggregation.sequence_mean: 15.0,
         Aggregation.token_mean: float(whole.mask_GT.sum()),
@@ -225,7 +235,7 @@ def test_padding_never_matters(garbage: float, importance: ImportanceLevel):
 def test_extreme_gaps_stay_finite(kl: KlEstimator, importance: ImportanceLevel, gap: float):
     logps = torch.full((2, 3), -1.0, requires_grad=True)
     far = torch.full((2, 3), -1.0 + gap)
-    inputs = LossInputs(logps, far, far, torch.tensor([1.0, -1.0]), torch.ones(2, 3))
+    inputs = LossInputs(logps, far, far, torch.tensor([[1.0], [-1.0]]), torch.ones(2, 3))
     output = grpo_loss(inputs, LossSettings(kl_estimator=kl, importance_level=importance))
     output.loss.backward()
     assert torch.isfinite(output.loss) and logps.grad is not None and torch.isfinite(logps.grad).all()
@@ -233,8 +243,8 @@ def test_extreme_gaps_stay_finite(kl: KlEstimator, importance: ImportanceLevel, 
 
 def test_half_precision_is_computed_in_single():
     inputs = make_inputs()
-    half = LossInputs(*(getattr(inputs, n).detach().bfloat16() for n in LossInputs.__dataclass_fields__))
-    single = LossInputs(*(getattr(half, n).float() for n in LossInputs.__dataclass_fields__))
+    half = LossInputs(*(getattr(inputs, n).detach().bfloat16() for n in FIELDS))
+    single = LossInputs(*(getattr(half, n).float() for n in FIELDS))
     output = grpo_loss(half, LossSettings())
     assert output.loss.dtype is torch.float32
     assert torch.equal(output.loss, grpo_loss(single, LossSettings()).loss)

@@ -49,6 +49,15 @@ def test_hand_counted_batch():
         "anchors/pairs_mean": 2 / 8,
         "anchors/refinement_rate": 1 / 2,
         "anchors/answer_match_rate": 6 / 7,
+        # of the two completions with two anchors: .8 then .9, and .9 then .8
+        "anchors/first_iou_mean": 0.85,
+        "anchors/last_iou_mean": 0.85,
+        "anchors/gain_mean": 0.0,
+        "anchors/held_back_mean": 0.05,
+        "anchors/equal_rate": 0.0,
+        "anchors/first_exact_rate": 0.0,
+        "anchors/inexact_refined_rate": 0.5,
+        "anchors/inexact_worsened_rate": 0.5,
         "group/zero_variance_rate": 1 / 2,
         "group/reward_std_mean": math.sqrt(sum((t - first_mean) ** 2 for t in totals[:4]) / 4) / 2,
         "rollout/entropy": 1.0,
@@ -60,6 +69,20 @@ def test_hand_counted_batch():
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert all(name.startswith("reward/") for name in metrics.keys() - expected.keys())  # terms added later
     assert rollout_metrics(groups, target=1)["anchors/target_rate"] == 5 / 8
+
+
+def test_an_exact_first_anchor_cannot_be_refined_and_is_counted_apart():
+    def said(*spans: str) -> str:
+        return f"<think>{''.join(f'<timestamp>{s}</timestamp>' for s in spans)}</think><answer>{spans[-1]}</answer>"
+
+    texts = (said("0 to 10", "0 to 10"), said("0 to 10", "0 to 5"), said("0 to 5", "0 to 5"), said("0 to 4", "0 to 10"))
+    found = rollout_metrics([group(*texts, SINGLE)], target=2)
+    assert found["anchors/first_exact_rate"] == 0.5 and found["anchors/equal_rate"] == 0.5
+    assert (found["anchors/inexact_refined_rate"], found["anchors/inexact_worsened_rate"]) == (0.5, 0.0)
+    assert found["anchors/held_back_mean"] == pytest.approx(0.6 / 4)
+    # where one anchor is wanted, one anchor counts
+    assert rollout_metrics([group(SINGLE)], target=1)["anchors/last_iou_mean"] == 0.9
+    assert rollout_metrics([group(SINGLE)], target=2)["anchors/last_iou_mean"] == 0.0
 
 
 def test_every_metric_is_there_even_when_nothing_can_be_read():

@@ -78,7 +78,7 @@ def test_variants_agree(engines, aggregation, importance, clip_high, kl_coef):
         reference = policy.logps(group.item, group.tokens)
     logps = policy.logps(group.item, group.tokens)
     mask = group.tokens.mask
-    output = grpo_loss(LossInputs(logps, group.tokens.logps, reference, group.advantages, mask), settings)
+    output = grpo_loss(LossInputs(logps, group.tokens.logps, reference, group.advantages[:, None], mask), settings)
     output.loss.backward()
     assert (logps - their_logps)[mask].abs().max() <= 1e-5
     assert float(output.loss.detach()) == pytest.approx(float(theirs), rel=1e-5, abs=1e-6)

@@ -113,6 +113,23 @@ def test_refinement_counts_pairs_and_needs_some():
     assert fired(rows)["stagnant_refinement"].value == pytest.approx(0.18)
 
 
+def test_sandbagging_is_a_first_anchor_that_falls_while_the_last_rises():
+    def course(*pairs):
+        return fired(lines(*({"anchors/first_iou_mean": a, "anchors/last_iou_mean": b} for a, b in pairs)))
+
+    before = [(0.60, 0.60)] * WINDOW
+    assert list(course(*before, *[(0.54, 0.63)] * WINDOW)) == ["sandbagging"]
+    assert course(*before, *[(0.56, 0.63)] * WINDOW) == {}, "it hardly falls"
+    assert course(*before, *[(0.54, 0.61)] * WINDOW) == {}, "the last does not rise: nothing is learned"
+    assert course(*before, *[(0.54, 0.50)] * WINDOW) == {}, "both fall"
+    assert course(*before, (0.52, 0.9)) == {}, "one step is not a window"
+    held = lines(
+        *({"anchors/first_iou_mean": a, "anchors/last_iou_mean": b} for a, b in [(0.6, 0.6)] * 2 + [(0.4, 0.7)] * 2)
+    )
+    assert "sandbagging" not in fired(held, target=1), "with one anchor there is nothing to hold back"
+    assert fired(held)["sandbagging"].bound == pytest.approx(0.55)
+
+
 def test_entropy_has_a_floor_of_its_own():
     low = {"rollout/entropy": 0.019}
     assert list(fired(lines(low, low))) == ["entropy_collapse"]

@@ -76,6 +76,13 @@ def test_tar_shows_a_format_that_the_parser_reads():
     assert example.answer == Span(12.54, 17.83)
 
 
+def test_direct_asks_for_the_answer_alone_in_a_format_that_the_parser_reads():
+    text = build_prompt(sample("the dog runs"), AnchorsConfig(prompt=PromptStyle.direct)).text
+    assert "think" not in text and "timestamp" not in text
+    example = parse_response(text.splitlines()[-1], is_direct=True)
+    assert example.faults == () and example.answer == Span(12.54, 17.83)
+
+
 @pytest.mark.parametrize("style", PromptStyle)
 def test_the_query_is_quoted_as_it_is(style: PromptStyle):
     prompt = build_prompt(sample('{query} {0} %s "x"'), AnchorsConfig(prompt=style))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tartvg.response import parse_response
+from tartvg.response import Marks, parse_response, read_marks
 from tartvg.types import Fault, Span
 
 GOOD = (
@@ -87,7 +87,7 @@ def test_fault(fault: Fault, text: str):
 
 
 def test_every_fault_is_covered():
-    assert {fault for fault, _ in FAULTY} == set(Fault)
+    assert {fault for fault, _ in FAULTY} == set(Fault) - {Fault.UNWANTED_THINK}, "of direct answers, see below"
 
 
 @pytest.mark.parametrize(
@@ -173,6 +173,23 @@ def test_tolerance_of_the_match():
     assert parse_response(text.format("1 to 2.01")).faults == (Fault.ANSWER_MISMATCH,)
     assert parse_response(text.format("1.01 to 2")).faults == (Fault.ANSWER_MISMATCH,)
     assert parse_response(text.format("1.4 to 2.4"), tolerance=0.5).faults == ()
+
+
+def test_direct_is_the_answer_and_nothing_else():
+    assert parse_response(ANSWER, is_direct=True).faults == ()
+    assert parse_response(ANSWER).faults == (Fault.NO_THINK, Fault.NO_ANCHOR)
+    assert parse_response(ONE + ANSWER, is_direct=True).faults == (Fault.UNWANTED_THINK,)
+    assert parse_response("</think>" + ANSWER, is_direct=True).faults == (Fault.UNWANTED_THINK, Fault.STRAY_TEXT)
+    assert parse_response("It is " + ANSWER, is_direct=True).faults == (Fault.STRAY_TEXT,)
+    assert Fault.ANCHOR_OUTSIDE_THINK in parse_response("<timestamp>1 to 2</timestamp>" + ANSWER, is_direct=True).faults
+
+
+def test_marks_are_where_the_times_stand():
+    text = "<think>a <timestamp>1 to 2</timestamp> <timestamp>x</timestamp></think><answer> 3 to 4 </answer> <|im_end|>"
+    marks = read_marks(text)
+    assert [text[a:b] for a, b in marks.anchors] == ["1 to 2</timestamp>"]
+    assert marks.answer is not None and text[slice(*marks.answer)] == " 3 to 4 </answer>"
+    assert read_marks("") == read_marks("<think><timestamp>1 to 2") == Marks((), None)
 
 
 def test_reasoning_joins_all_blocks():

@@ -3,7 +3,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tartvg.spans import clip, intersection, iou, iou_with_union, soft_iou, soft_iou_with_union, union
+from tartvg.spans import (
+    clip,
+    intersection,
+    iou,
+    iou_with_union,
+    is_same,
+    refinement,
+    soft_iou,
+    soft_iou_with_union,
+    union,
+)
 from tartvg.types import Span
 
 times = st.floats(0, 1000, allow_nan=False).map(lambda x: round(x, 3))
@@ -75,6 +85,17 @@ def test_moving_away_lowers_soft_iou_but_not_iou():
     values = [soft_iou(Span(20 + gap, 30 + gap), truth) for gap in (0, 1, 5, 50, 5000)]
     assert values == sorted(values, reverse=True) and values[0] == 0 and values[-1] > -1
     assert iou(Span(21, 31), truth) == iou(Span(5020, 5030), truth) == 0
+
+
+def test_first_and_last_anchor_beside_the_truth():
+    truth = (Span(0, 10), Span(50, 60))
+    found = refinement([Span(0, 5), Span(0, 10), Span(0, 8)], truth)
+    assert found == (0.5, 0.8, 1.0, False, False, 1)
+    assert refinement([Span(0, 8), Span(0, 5)], truth)[-1] == -1
+    assert refinement([Span(20, 30), Span(12, 20)], truth) == (0.0, 0.0, 0.0, False, False, 1), "nearer, still disjoint"
+    assert refinement([Span(0.004, 9.997)], truth) == pytest.approx((0.9993, 0.9993, 0.9993, True, True, 0))
+    assert refinement([Span(50, 60), Span(50, 60.005)], truth)[3:5] == (True, True)
+    assert not is_same(Span(0, 10), Span(0, 10.006))
 
 
 def test_clip():

@@ -128,7 +128,8 @@ def test_rows_per_pass_bounds_every_pass(tmp_path, rows_per_pass, sizes):
 
 
 @pytest.mark.parametrize("aggregation", list(Aggregation))
-def test_a_group_in_parts_has_the_same_gradient(policy, prompts, tmp_path, aggregation):
+@pytest.mark.parametrize("is_by_token", [False, True])
+def test_a_group_in_parts_has_the_same_gradient(policy, prompts, tmp_path, aggregation, is_by_token):
     module = make_grpo(policy, tmp_path, RUBRIC, dataclasses.replace(GRPO, loss_aggregation=aggregation))
     prepared = policy.prepare(prompts[0])
     completions = [Completion("x", tuple(range(20, 20 + n)), (-3.0,) * n, True) for n in (5, 2, 7, 3, 4)]
@@ -136,13 +137,16 @@ def test_a_group_in_parts_has_the_same_gradient(policy, prompts, tmp_path, aggre
     with policy.as_reference():
         reference_GT = policy.logps(prepared, tokens) + 0.1
     group = RolloutGroup(prompts[0], (), 0)
-    work = TrainingGroup(0, prepared, group, tokens, reference_GT, torch.zeros_like(tokens.logps))
-    advantages_G = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0])
+    coef_GT = torch.linspace(0, 0.1, 7).expand(5, 7) if is_by_token else None
+    work = TrainingGroup(0, prepared, group, tokens, reference_GT, torch.zeros_like(tokens.logps), coef_GT)
+    advantages_GT = torch.tensor([1.0, -0.5, 0.3, 2.0, -1.0])[:, None]
+    if is_by_token:
+        advantages_GT = advantages_GT * torch.linspace(-1, 1, 7)
 
     def gradient(slices):
         module.zero_grad()
         for part in slices:
-            parts.append(module.loss(work, advantages_G, part, num_groups=2))
+            parts.append(module.loss(work, advantages_GT, part, num_groups=2))
             parts[-1].loss.backward()
         return torch.cat([p.grad.flatten() for p in module.engine.parameters if p.grad is not None])
 

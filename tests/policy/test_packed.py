@@ -81,7 +81,7 @@ def step(settings, adapter, prompts, rollouts, way):
         with policy.as_reference():
             reference = policy.logps(item, batch, 0.9)
         logps = policy.logps(item, batch, 0.9)
-        advantages = torch.tensor([1.0, -0.5, -1.5, 1.0])
+        advantages = torch.tensor([1.0, -0.5, -1.5, 1.0])[:, None]
         inputs = LossInputs(logps, batch.logps, reference, advantages, batch.mask)
         grpo_loss(inputs, LossSettings(kl_coef=0.5, kl_estimator=KlEstimator.k3)).loss.backward()
         found += [logps.detach().flatten(), reference.flatten()]

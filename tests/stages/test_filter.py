@@ -46,6 +46,16 @@ def test_the_reward_clause_turns_away_what_is_not_refined():
     assert rejections(rollout(text_of((2, 9.2), (2, 9.1))), FilterConfig()) == ["reward <= 6.4"]
 
 
+def test_a_direct_trace_is_the_answer_that_was_reasoned_for():
+    rule = FilterConfig(min_reward=-100, min_anchors=0, min_ious=[])
+    texts = (text_of((2, 9), (2, 11)), text_of((2, 11)), "<think>hm</think><answer>2.00 to", "nothing")
+    group = RolloutGroup(Prompt(SAMPLE, "p"), tuple(map(rollout, texts)), 0)
+    traces, total, rejected = select([group], rule, is_direct=True)
+    assert (total, [t.text for t in traces]) == (4, ["<answer>2.00 to 11.00</answer>"])
+    assert (rejected["no readable answer"], rejected["the same text again"]) == (2, 1)
+    assert parse_response(traces[0].text, is_direct=True).faults == ()
+
+
 def test_selection_counts_everything():
     good, better, bad = text_of((2, 9), (2, 11)), text_of((2, 9), (2, 12)), "nothing"
     group = RolloutGroup(Prompt(SAMPLE, "p"), tuple(rollout(t) for t in (good, better, bad, good)), 0)

@@ -41,7 +41,7 @@ def existing() -> set[str]:
     reward = Rubric(RewardConfig(), AnchorsConfig()).score(response, sample)
     rollout = Rollout(Completion("", (1,), (-1.0,), True), response, reward)
     zeros = torch.zeros(2, 1)
-    loss = grpo_loss(LossInputs(zeros, zeros, zeros, torch.zeros(2), torch.ones(2, 1)), LossSettings())
+    loss = grpo_loss(LossInputs(zeros, zeros, zeros, zeros, torch.ones(2, 1)), LossSettings())
     some = Estimate(0.5, 0.4, 0.6)
     card = Scorecard(1, 0, 0, some, dict.fromkeys((0.3, 0.5, 0.7), some))
     times = PhaseTimer().flush()

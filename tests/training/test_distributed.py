@@ -77,6 +77,16 @@ def test_a_process_without_a_readable_video_keeps_step(strategy, shared, alone, 
     assert_same_training(strategy, tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_advantages_of_tokens_under_several_processes(strategy, shared, run_command, tmp_path):
+    """In parts of three of four completions, so that parts of unequal length meet in lockstep."""
+    common = ["stage=grpo1", "grpo.max_steps=2", "grpo.credit=own_term", "grpo.kl_time_coef=0", f"runs_dir={tmp_path}"]
+    run_command(*shared, *common, "name=one")
+    run_command(*trainer(strategy, shared), *common, "grpo.rows_per_pass=3", "name=two")
+    assert said(tmp_path / "two/grpo1/rollouts.jsonl") == said(tmp_path / "one/grpo1/rollouts.jsonl")
+    assert_same_training(strategy, tmp_path / "one", tmp_path / "two")
+
+
 @pytest.mark.parametrize(("first", "then"), [("zero3", "cpu"), ("zero2", "zero3"), ("cpu", "zero2")])
 def test_a_stage_goes_on_under_another_strategy(first, then, shared, alone, run_command, tmp_path):
     common = [*shared, "trainer.checkpoint_every=2", "stage=grpo1", f"runs_dir={tmp_path}", "name=r"]

@@ -31,7 +31,9 @@ FRAMES = FramesConfig(min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3
 
 def compared(module, value_of):
     """The module's advantages, times `value_of(step)`."""
-    return lambda group: GrpoModule.advantages(module, group) * 0 + value_of(group.step) * torch.arange(GRPO.group_size)
+    return lambda group: (
+        GrpoModule.advantages(module, group) * 0 + value_of(group.step) * torch.arange(GRPO.group_size)[:, None]
+    )
 
 
 def test_a_step_with_infinite_advantages_is_left_out(policy, prompts, tmp_path, capsys):

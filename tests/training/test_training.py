@@ -58,7 +58,7 @@ def test_the_first_update_has_a_ratio_of_one_and_later_ones_compare_with_it(poli
     """Also where sampling rounds otherwise than training: what was recorded there is disturbed here."""
     settings = dataclasses.replace(GRPO, max_steps=1, num_iterations=3)
     module = make_grpo(policy, tmp_path, Rubric(RewardConfig(), AnchorsConfig()), settings)
-    module.advantages = lambda group: torch.tensor([1.0, -1.0, 0.5, -0.5])
+    module.advantages = lambda group: torch.tensor([[1.0], [-1.0], [0.5], [-0.5]])
     sample = policy.sample
 
     def disturbed(*args):

@@ -85,7 +85,7 @@ def accumulate(policy: Policy, group: Group, way: str, reference_GT: Tensor) -> 
             see(policy, group.clip, len(group.advantages))
         logps = policy.logps(group.item, group.tokens)
         tokens = group.tokens
-        inputs = LossInputs(logps, tokens.logps, reference_GT, group.advantages, tokens.mask)
+        inputs = LossInputs(logps, tokens.logps, reference_GT, group.advantages[:, None], tokens.mask)
         grpo_loss(inputs, LOSS).loss.backward()
     return logps.detach()
 

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig
 
-from tartvg.config import AdvantageScale, Config, IouKind, SettingError, StageName, Strategy
+from tartvg.config import AdvantageScale, Config, Credit, IouKind, SettingError, StageName, Strategy
 from tartvg.config.errors import explain
 from tartvg.launch.job import MAX_FOLDER_LENGTH, job_name
 from tartvg.launch.sweep_files import axes, cells
@@ -177,6 +177,24 @@ def test_grpo_variants_differ_from_the_default_only_in_their_idea() -> None:
     assert composed("grpo=dr_grpo", *GROUND).grpo.advantage_scale is AdvantageScale.none
     assert changed("dapo") == {"clip_high", "kl_coef", "loss_aggregation", "mask_truncated", "drop_zero_variance"}
     assert changed("gspo") == {"importance_level", "clip_low", "clip_high"}
+    assert changed("gdpo") == {"normalise"} and changed("kl_free_times") == {"kl_time_coef"}
+    assert composed("grpo=kl_free_times", *GROUND).grpo.kl_time_coef == 0.0
+
+
+def test_credit_is_one_setting_beside_any_other() -> None:
+    config = composed("stage=grpo1", "reward.beta=5", "grpo.credit=potential")
+    assert config.grpo.credit is Credit.potential and composed().grpo.credit is Credit.outcome
+    reward, graded = (vars(composed(f"reward={name}", *GROUND).reward) for name in ("tar", "tar_graded"))
+    assert {name for name in reward if reward[name] != graded[name]} == {"format_kind"}
+
+
+def test_thinking_or_not_has_the_same_number_of_rollouts() -> None:
+    direct, timezero, one, two = (composed(f"experiments=thinking/{n}") for n in ("direct", "timezero", "one", "two"))
+    assert direct.anchors.is_direct and not timezero.anchors.is_direct
+    assert vars(direct.reward) == vars(timezero.reward) and direct.reward.tar1_weight == 0
+    both = [config.grpo.steps_of("grpo1") + config.grpo.steps_of("grpo2") for config in (direct, one, two)]
+    assert both == [timezero.grpo.max_steps] * 3 and StageName.grpo1 not in direct.stage.sequence
+    assert (one.anchors.count, two.anchors.count) == (1, 2)
 
 
 # --- precedence: schema < group < policy < stage < experiment < command line
@@ -269,6 +287,7 @@ def test_name_stays_below_runs_dir(name: str) -> None:
         ("reward.beta=five", ["reward.beta", "five", "Float"]),
         ("stage=grpo3", ["stage=grpo3", "did you mean grpo2?", "pipeline"]),
         ("anchors.max_count=0", ["anchors.max_count", ">= 1", "0"]),
+        ("grpo.credit=potental", ["grpo.credit", "outcome, return_to_go", "did you mean potential?"]),
         ("grpo.kl=k1", ["error: grpo.kl is now called grpo.kl_estimator\n"]),
     ],
 )

@@ -65,6 +65,24 @@ def test_miou_and_recall_by_hand() -> None:
     assert (card.num_unparsed, card.num_missing) == (0, 0)
 
 
+def test_the_first_and_the_last_anchor_of_greedy_answers() -> None:
+    samples = [sample(name) for name in "abcdef"]
+    predictions = [
+        prediction("a", (0, 10), anchors=((0, 5), (0, 10))),  # refined
+        prediction("b", (0, 5), anchors=((0, 8), (0, 5))),  # made worse
+        prediction("c", (0, 10), anchors=((0, 10), (0, 10))),  # exact at once, and said twice
+        prediction("d", (0, 4), anchors=((0, 4),)),  # a single one
+        prediction("e", (0, 10)),  # none
+        prediction("f", (0, 10), anchors=((0, 10), (0, 9))),  # exact at once
+        prediction("f", (0, 1), index=1, anchors=((0, 1), (0, 1))),  # sampled: not asked
+    ]
+    card = score(samples, predictions)
+    assert card.first_iou == pytest.approx((0.5 + 0.8 + 1 + 0.4 + 1) / 5)
+    assert card.last_iou == pytest.approx((1 + 0.5 + 1 + 0.4 + 0.9) / 5)
+    assert (card.equal_rate, card.first_exact_rate) == (1 / 4, 1 / 2)
+    assert (card.inexact_refined_rate, card.inexact_worsened_rate) == (1 / 2, 1 / 2)
+
+
 def test_strict_thresholds_leave_out_equality() -> None:
     samples, predictions = [sample("a"), sample("b")], [prediction("a", (0, 5)), prediction("b", (0, 10))]
     assert score(samples, predictions).recall[0.5].value == 1.0

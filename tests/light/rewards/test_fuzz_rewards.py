@@ -25,7 +25,7 @@ def test_many_completions(num_completions):
         check_reward(text, response, rubric, reward)
         if i % 50 == 0:
             assert parse_response(text) == response and rubric.score(response, SAMPLE) == reward
-    assert seen == set(Fault)
+    assert seen == set(Fault) - {Fault.UNWANTED_THINK}  # of direct answers only
     assert num_completions / 10 < num_well_formed < num_completions / 2
 
 

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from tartvg.config import AnchorsConfig, CountPenalty, FilterConfig, IouKind, RewardConfig, SettingError, Truth
+from tartvg.config import (
+    AnchorsConfig,
+    CountPenalty,
+    FilterConfig,
+    FormatKind,
+    IouKind,
+    RewardConfig,
+    SettingError,
+    Truth,
+)
 from tartvg.response import parse_response
 from tartvg.rewards import Rubric, ScoredResponse
 from tartvg.rewards.format import format_reward
@@ -218,6 +227,36 @@ def test_every_other_fault_fails_the_format(fault: Fault):
     assert format_reward(scored(0.5, faults=(fault,))) == 0
     excusing = scored(0.5, faults=(fault,), needs_anchors=False, answer_is_last_anchor=False)
     assert format_reward(excusing) == (1.0 if is_excused else 0.0)
+
+
+GOOD = "<think><timestamp>0 to 1</timestamp></think><answer>0 to 1</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "paid"),
+    [
+        (GOOD, 1.0),
+        ("<think>hm</think><answer>0 to 1</answer>", 0.7),  # the whole flow, without an anchor
+        (GOOD.replace("0 to 1</answer>", "0 to 9</answer>"), 0.7),
+        (GOOD + " so", 0.4),  # the block is closed, but something follows the answer
+        ("<think>hm</think>", 0.4),
+        ("<answer>0 to 1</answer>", 0.0),
+        ("", 0.0),
+        ("<think>hm</think><think>hm</think><answer>0 to 1</answer>", 0.0),
+        ("<think>hm <answer>0 to 1</answer>", -0.3),
+    ],
+)
+def test_graded_format_by_hand(text: str, paid: float):
+    graded = RewardConfig(format_kind=FormatKind.graded)
+    assert judge(text, graded).terms["format"] == pytest.approx(paid)
+    assert judge(text).terms["format"] == float(paid == 1)
+
+
+def test_the_format_of_a_direct_answer_is_the_answer_alone():
+    rubric = Rubric(RewardConfig(format_kind=FormatKind.graded), AnchorsConfig())
+    for text, paid in (("<answer>0 to 1</answer>", 1.0), ("so <answer>0 to 1</answer>", 0.4), (GOOD, 0.0)):
+        terms = rubric.score(parse_response(text, is_direct=True), sample()).terms
+        assert terms["format"] == pytest.approx(paid), text
 
 
 def test_timezero_rubric_is_format_plus_iou():
