@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from tartvg.evaluation.conventions import Convention
+from tartvg.evaluation.conventions import CONVENTIONS, Convention
 from tartvg.evaluation.detection import DetectionScores
 from tartvg.evaluation.lengths import LengthScores
 from tartvg.evaluation.score import THRESHOLDS
@@ -75,6 +75,7 @@ def render(report: Report) -> str:
         f"{report.dataset} {report.split}: {report.num_queries} queries about {report.num_videos} videos",
         f"  annotations   {report.quirks}",
         f"  denominator   {denominator}",
+        f"  convention    {_name(convention)}",
         f"  reading       {_reading(convention)}",
         f"  several windows: {convention.rule}; R1@t: IoU {_sign(convention)} t; "
         f"windows {'cut at the end of the video' if convention.is_clipped else 'as annotated'}",
@@ -127,6 +128,12 @@ def render_conventions(report: ConventionReport) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def _name(convention: Convention) -> str:
+    """Whose rules these are, and whether an option has changed one."""
+    name = next(name for name, known in CONVENTIONS.items() if known.source == convention.source)
+    return name if convention == CONVENTIONS[name] else f"{name}, changed by options"
 
 
 def _reading(convention: Convention) -> str:

@@ -62,7 +62,7 @@ def test_every_convention_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert f"{100 * ious / queries:.2f}" in line
         # One alone gives the same numbers, with intervals.
         assert main([*command, "--convention", name, "--json", str(tmp_path / "one.json")]) == 0
-        capsys.readouterr()
+        assert f"convention    {name}\n" in capsys.readouterr().out
         one = json.loads((tmp_path / "one.json").read_text())
         assert one["files"][0]["scorecard"]["miou"][0] == pytest.approx(ious / queries)
         assert one["convention"]["source"] == CONVENTIONS[name].source
@@ -73,6 +73,7 @@ def test_options_change_one_rule_of_a_convention(tmp_path: Path, capsys: pytest.
     command = [*files(tmp_path), "--convention", "time_r1"]
     assert main([*command, "--rule", "best", "--reading", "lenient"]) == 0
     shown = capsys.readouterr().out
+    assert "convention    time_r1, changed by options" in shown
     assert "reading       lenient" in shown and "several windows: best; R1@t: IoU > t; windows as annotated" in shown
     assert "3 queries about 3 videos" in shown and "mIoU        83.33" in shown
     for options in (["--strict"], ["--reading", "timezero"], ["--only-predicted"], ["--predictions-b", "x"]):
