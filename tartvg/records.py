@@ -38,9 +38,13 @@ UNKNOWN_LOGP = -1e9
 
 
 def to_json(value: Any) -> Any:
-    """Dataclasses, enums, paths and tuples as JSON values; a Span is `[start, end]`, an Estimate says what is what."""
+    """Dataclasses, enums, paths and tuples as JSON values; a Span is `[start, end]`, an Estimate says what is what.
+
+    A field whose metadata say `is_left_out_when_empty` is not there where it is empty.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
+        items = ((f, getattr(value, f.name)) for f in fields(value))
+        return {f.name: to_json(v) for f, v in items if v or "is_left_out_when_empty" not in f.metadata}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, Path):

@@ -46,8 +46,8 @@ class GroundingSample:
     """`train`, `val` or `test`."""
     tags: tuple[str, ...] = ()
     """Free labels for reports, such as the kind of event."""
-    source: str = ""
-    """The part of a mix that it comes from, with which its id begins; empty without a mix."""
+    source: str = field(default="", metadata={"is_left_out_when_empty": True})
+    """The part of a mix that it comes from, with which its id begins; empty, and in no record, without a mix."""
 
     @property
     def own_id(self) -> str:

@@ -71,6 +71,7 @@ def test_samples_keep_their_source_under_ids_of_their_own(tmp_path: Path) -> Non
         ]
         assert all(s.sample_id == f"{s.source}/{s.own_id}" for s in found)
     assert sample_from_json(json.loads(dumps(found[0]))) == found[0]
+    assert "source" not in json.loads(dumps(load_samples(settings.sources["jsonl"], "test")[0]))
     whole = load_annotations(settings, "test")
     assert len(whole.samples) == 41 + 3 and whole.quirks.whitespace == 1
 
