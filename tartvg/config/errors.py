@@ -16,7 +16,7 @@ from tartvg.config.renamed import refusal_of
 
 
 def explain(error: Exception) -> str:
-    """One line about what to correct, two where the valid names are listed."""
+    """Word what to correct in one line, two where the valid names are listed."""
     missing_file = getattr(error, "missing_cfg_file", None)  # of Hydra's MissingConfigException; no need to import it
     if missing_file:
         return _unknown_choice(missing_file, list(getattr(error, "options", None) or []))
@@ -42,7 +42,7 @@ def explain(error: Exception) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those that it came from."""
+    """Yield an error and those that it came from."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -11,7 +11,7 @@ from tartvg.config.fields import Effect, Settings, setting
 
 
 def policy_label(policy: str) -> str:
-    """The folder below `evaluate/` of a value of evaluate.policies: its own name, or the stage of an adapter folder."""
+    """Return the folder below `evaluate/` for one of evaluate.policies: its name, or the stage of an adapter folder."""
     return policy if policy.isidentifier() else Path(policy).resolve().parent.name
 
 

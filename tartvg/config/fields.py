@@ -41,7 +41,7 @@ class Range:
     """A reason, in words; shown behind the bound."""
 
     def holds(self, value: Any) -> bool:
-        """Whether the value, or every item of a list or map, lies inside. Never true of NaN."""
+        """Return whether the value, or every item of a list or map, lies inside. Never true of NaN."""
         if isinstance(value, list | dict):
             return all(map(self.holds, value.values() if isinstance(value, dict) else value))
         if self.among:
@@ -96,7 +96,7 @@ def range_of(known: dataclasses.Field[Any]) -> str:
 
 
 def is_optional(known: dataclasses.Field[Any]) -> bool:
-    """Whether a field may be null."""
+    """Return whether a field may be null."""
     return str(known.type).endswith("| None")
 
 

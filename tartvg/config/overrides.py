@@ -37,7 +37,7 @@ def _kept(argument: str) -> str:
 
 
 def _is_changed(text: str) -> bool:
-    """Whether Hydra makes a number or a truth value of a text, and that is written in another way."""
+    """Return whether Hydra makes a number or a truth value of a text, and that is written in another way."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -79,7 +79,7 @@ REMOVED: dict[str, str] = {
 
 
 def refusal_of(name: str) -> str | None:
-    """What to say about an old setting, group or `group=choice`; None for any other name."""
+    """Word the refusal of an old setting, group or `group=choice`; None for any other name."""
     if name in RENAMED:
         return f"{name} is now called {RENAMED[name]}"
     if name in REMOVED:

@@ -41,5 +41,5 @@ class ReportConfig(Settings, path="report", effect=Effect.none):
 
 
 def is_below(name: str) -> bool:
-    """Whether a name is a relative path that stays below its folder."""
+    """Return whether a name is a relative path that stays below its folder."""
     return all(part not in ("", ".", "..") for part in name.split("/"))

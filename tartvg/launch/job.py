@@ -90,7 +90,7 @@ def launch(main: Callable[[], object]) -> int:
 
 @contextmanager
 def job(cfg: DictConfig) -> Iterator[Config]:
-    """The settings of one job; reports at once how the block fails. A sweep then goes on; a single run ends.
+    """Give one job its settings and report at once how the block fails. A sweep then goes on; a single run ends.
 
     A sweep's job says in `<run folder>/job.json` what became of it.
     """
@@ -126,7 +126,7 @@ def finish(code: int | None) -> None:
 
 
 def job_config(cfg: DictConfig) -> Config:
-    """The typed settings of the running job; a sweep's job gets a run folder of its own."""
+    """Return the typed settings of the running job; a sweep's job gets a run folder of its own."""
     config = to_dataclasses(cfg)
     if not _is_sweep():
         return config
@@ -156,7 +156,7 @@ def job_config(cfg: DictConfig) -> Config:
 
 
 def _sweep_group(name: str) -> str:
-    """What all jobs of this sweep are called together in W&B: `default/anchors` for sweeps=anchors."""
+    """Name the W&B group of this sweep's jobs: `default/anchors` for sweeps=anchors."""
     sweep = HydraConfig.get().runtime.choices.get("sweeps")
     return f"{name}/{sweep}" if sweep else name
 
@@ -170,7 +170,7 @@ def job_name(name: str, overrides: str) -> str:
 
 
 def _folder_of_refused(cfg: DictConfig) -> Path | None:
-    """Where a job whose settings were refused would have run; None if that is among what is wrong."""
+    """Return the run folder of a job whose settings were refused; None if the folder is among what is wrong."""
     try:
         name = job_name(cfg.name, HydraConfig.get().job.override_dirname)
         return Path(str(cfg.runs_dir)) / Config(name=name).name
@@ -179,7 +179,7 @@ def _folder_of_refused(cfg: DictConfig) -> Path | None:
 
 
 def _one_line(error: Exception) -> str:
-    """The error for a summary: without a traceback, and not longer than a line of a table."""
+    """Shorten the error for a summary: without a traceback, and not longer than a line of a table."""
     if isinstance(error, JobFailed):
         return "see its output above"
     text = explain(error).splitlines()

@@ -31,12 +31,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def is_started() -> bool:
-    """Whether this process is one of several that a launcher started."""
+    """Return whether this process is one of several that a launcher started."""
     return all(os.environ.get(name) for name in LAUNCHED)
 
 
 def is_follower() -> bool:
-    """Whether another process of the run speaks to the user."""
+    """Return whether another process of the run speaks to the user."""
     return is_started() and os.environ["RANK"] != "0"
 
 
@@ -57,13 +57,13 @@ def refuse_leftovers() -> None:
 
 
 def is_parallel(config: Config) -> bool:
-    """Whether this command trains with a strategy for several processes (one may be all there is)."""
+    """Return whether this command trains with a strategy for several processes (one may be all there is)."""
     stages = config.stage.sequence if config.stage.name is StageName.pipeline else [config.stage.name]
     return config.trainer.strategy is not Strategy.single and bool(set(stages) & set(TRAINED))
 
 
 def needs_processes(config: Config) -> bool:
-    """Whether this command has to start processes. Over several nodes a launcher does."""
+    """Return whether this command has to start processes. Over several nodes a launcher does."""
     if not is_parallel(config):
         return False
     vision, trainer = config.policy.lora.vision, config.trainer

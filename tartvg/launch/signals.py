@@ -62,11 +62,11 @@ class Preemption:
         self.is_held = False
 
     def hold(self) -> None:
-        """From here on a signal waits."""
+        """Make signals wait from here on."""
         self.is_held = True
 
     def release(self, is_leaving: bool = False) -> None:
-        """A signal that came meanwhile, or whose exception was lost, is obeyed now. Raises Preempted.
+        """Obey a signal that came meanwhile, or whose exception was lost. Raises Preempted.
 
         `is_leaving`: another process of this run got the signal.
         """

@@ -37,12 +37,12 @@ def axes(params: Mapping[str, object], task: Sequence[str] = ()) -> dict[str, li
 
 
 def cells(of: Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """Every combination of the axes, as overrides, in the sweeper's order."""
+    """Return every combination of the axes, as overrides, in the sweeper's order."""
     return [list(cell) for cell in itertools.product(*([f"{k}={v}" for v in values] for k, values in of.items()))]
 
 
 def read_sweep(name: str, root: Path) -> dict[str, Any]:
-    """The values of `<root>/sweeps/<name>.yaml`. Raises SettingError for a file that is no sweep."""
+    """Read `<root>/sweeps/<name>.yaml`. Raises SettingError for a file that is no sweep."""
     path = root / "sweeps" / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (root / "sweeps").glob("*.yaml")))
@@ -54,7 +54,7 @@ def read_sweep(name: str, root: Path) -> dict[str, Any]:
 
 
 def wandb_sweep(name: str, root: Path) -> dict[str, Any]:
-    """The same cells as `sweeps=<name>`, for `wandb sweep FILE` and its agents.
+    """Write the cells of `sweeps=<name>` for `wandb sweep FILE` and its agents.
 
     An agent gives one cell at a time, with `sweeps=<name>` before it: so the cell runs in the very folder, and with the
     very settings, that the sweep itself would use, and either can finish what the other began.

@@ -50,7 +50,7 @@ class Job:
 
 
 def read_job(folder: Path) -> Job | None:
-    """The job of a run folder; None where there is none or its file is damaged."""
+    """Read the job of a run folder; None where there is none or its file is damaged."""
     try:
         value = json.loads((folder / JOB).read_text(encoding="utf-8"))
         known = {f.name for f in fields(Job)}
@@ -68,7 +68,7 @@ def jobs_below(folder: Path) -> Iterator[tuple[Path, Job]]:
 
 
 def value_of(overrides: Sequence[str], key: str) -> str | None:
-    """What a job's overrides say about one key."""
+    """Return the value that a job's overrides give one key."""
     return next((o.partition("=")[2] for o in overrides if o.partition("=")[0] == key), None)
 
 
@@ -79,7 +79,7 @@ def differing(jobs: Sequence[Sequence[str]]) -> list[str]:
 
 
 def summary(folder: Path, since: float) -> str:
-    """How the jobs below `folder` that began at or after `since` ended, the failed ones by name; empty without any."""
+    """Word how the jobs below `folder` that began at or after `since` ended, failed ones by name; empty without any."""
     ended = [(path, job) for path, job in jobs_below(folder) if job.started >= since]
     if not ended:
         return ""

@@ -28,7 +28,7 @@ QUARANTINE = "quarantine.jsonl"
 
 
 def prompts_of(config: Config, split: str) -> list[Prompt]:
-    """The prompts of a split, in a fixed order. Training and evaluation build them with the same function."""
+    """Build the prompts of a split, in a fixed order, for training and evaluation alike."""
     try:
         samples = load_samples(config.dataset, split)
     except ValueError as error:  # a file that is refused is the user's to correct
@@ -114,7 +114,7 @@ def clip_reader(config: Config) -> ClipReader:
 
 
 def base_identity(config: Config) -> str:
-    """What tells one base model from another. Raises SettingError for files that cannot be used."""
+    """Identify the base model. Raises SettingError for files that cannot be used."""
     settings = config.policy
     folder, _ = checked_base(settings)
     if settings.path == EMBEDDED_TINY or Path(settings.path).is_dir():

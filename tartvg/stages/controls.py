@@ -41,8 +41,8 @@ def _control(config: Config, target: str, label: str) -> None:
     is_shard = config.evaluate.shard is not None
     if is_shard and not source.exists():
         return  # the shard that puts the results together does it
-    place = StageFolder(run_dir(config) / "controls" / label, config, lambda: key_of(config, source))
-    with place.work(PATIENCE_S if is_shard else 0.0) as is_needed:
+    output = StageFolder(run_dir(config) / "controls" / label, config, lambda: key_of(config, source))
+    with output.work(PATIENCE_S if is_shard else 0.0) as is_needed:
         if not is_needed:
             return
         real = {p.sample_id: p for row in read_jsonl(source) if (p := prediction_from_json(row)).sample_index == 0}
@@ -51,13 +51,13 @@ def _control(config: Config, target: str, label: str) -> None:
         policy = load_policy(config, adapter_of(config, target)).eval()
         summary = {}
         for kind in config.faithfulness.kinds:
-            path = place.folder / f"{kind.value}.jsonl"
+            path = output.folder / f"{kind.value}.jsonl"
             if not path.exists():  # whole or not there
                 write_jsonl(path, _ask(policy, prompts, kind, config))
             answers = [prediction_from_json(row) for row in read_jsonl(path)]
             summary[kind.value] = summarise(real, answers)
-        write_atomic(place.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-        _track(config, place.folder, label, summary)
+        write_atomic(output.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        _track(config, output.folder, label, summary)
 
 
 def key_of(config: Config, source: Path) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _ask(policy: Policy, prompts: Sequence[Prompt], kind: ControlName, config: C
 
 
 def _wrong(policy: Policy, prompt: Prompt, video: Path, kind: ControlName, clip: Clip | None) -> PreparedPrompt | None:
-    """The prompt with its control video; None where a video cannot be decoded or there is no other one."""
+    """Prepare the prompt with its control video; None where a video cannot be decoded or there is no other one."""
     try:
         if kind is ControlName.shuffled:
             return shuffled(policy.prepare(prompt, clip))
@@ -127,14 +127,14 @@ def _wrong(policy: Policy, prompt: Prompt, video: Path, kind: ControlName, clip:
 
 
 def other_videos(videos: Sequence[Path]) -> list[Path]:
-    """For each place another video of the list: the next one that differs, and the first after the last."""
+    """Choose another video for each entry of the list: the next one that differs, and the first after the last."""
     distinct = list(dict.fromkeys(videos))
     following = dict(zip(distinct, [*distinct[1:], *distinct[:1]], strict=True))
     return [following[video] for video in videos]
 
 
 def controls_as_metrics(summary: dict[str, dict[str, float | int | None]], dataset: str) -> dict[str, float]:
-    """The summary in the metric vocabulary: eval/<dataset>/<kind>_agreement and so on; without what is None."""
+    """Name the summary's values as metrics: eval/<dataset>/<kind>_agreement and so on; without what is None."""
     return {
         f"eval/{dataset}/{kind}_{name}": float(value)
         for kind, values in summary.items()

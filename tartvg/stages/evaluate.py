@@ -58,21 +58,21 @@ def run_evaluate(config: Config) -> None:
 def _evaluate(config: Config, target: str) -> None:
     adapter = adapter_of(config, target)
     folder = run_dir(config) / "evaluate" / policy_label(target)
-    place = StageFolder(folder, config, lambda: key_of(config, adapter))
+    output = StageFolder(folder, config, lambda: key_of(config, adapter))
     if config.evaluate.shard is not None:
-        if place.claim():
-            work_on_shard(config, target, place.folder / BATCHES, config.evaluate.shard)
-        if not place.is_finished and not are_complete(_batches(config, place.folder)):
+        if output.claim():
+            work_on_shard(config, target, output.folder / BATCHES, config.evaluate.shard)
+        if not output.is_finished and not are_complete(_batches(config, output.folder)):
             print(f"evaluate: shard {config.evaluate.shard} is done; the last one puts the results together")
             return
     # The last two shards may end at the same moment.
-    with place.work(0.0 if config.evaluate.shard is None else PATIENCE_S) as is_needed:
+    with output.work(0.0 if config.evaluate.shard is None else PATIENCE_S) as is_needed:
         if is_needed:
             prompts = prompts_to_score(config)
-            predict(config, target, prompts, place.folder / "predictions.jsonl")
-            _score(config, policy_label(target), prompts, place.folder, adapter)
+            predict(config, target, prompts, output.folder / "predictions.jsonl")
+            _score(config, policy_label(target), prompts, output.folder, adapter)
     # Now that the stage is marked as finished: a kill before that must not cost the predictions.
-    shutil.rmtree(place.folder / BATCHES, ignore_errors=True)
+    shutil.rmtree(output.folder / BATCHES, ignore_errors=True)
 
 
 def key_of(config: Config, adapter: Path | None) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def refuse_equal_labels(targets: Sequence[str]) -> None:
 
 
 def prompts_to_score(config: Config) -> list[Prompt]:
-    """The queries of the split, at most `evaluate.num_queries`."""
+    """Return the queries of the split, at most `evaluate.num_queries`."""
     return first_of(prompts_of(config, config.evaluate.split), config.evaluate.num_queries)
 
 
@@ -235,7 +235,7 @@ def _predict_batch(policy: Policy, prompts: Sequence[Prompt], clips: Clips, conf
 
 
 def scores_as_metrics(card: Scorecard, dataset: str) -> dict[str, float]:
-    """The scorecard in the metric vocabulary."""
+    """Name the scorecard's values as metrics."""
     metrics = {
         "miou": card.miou.value,
         "format_rate": card.format_rate.value,

@@ -18,7 +18,7 @@ from tartvg.types import Rollout, RolloutGroup, Trace
 
 
 def rejections(rollout: Rollout, rule: FilterConfig) -> list[str]:
-    """The clauses that a rollout fails; empty for one that is kept (arXiv 2508.07683, stage 2)."""
+    """Return the clauses that a rollout fails; none for one that is kept (arXiv 2508.07683, stage 2)."""
     ious = rollout.reward.anchor_ious
     failed = []
     if not rollout.reward.total > rule.min_reward:
@@ -86,20 +86,20 @@ def run_filter(config: Config) -> None:
     source = run_dir(config) / stage / "rollouts.jsonl"
     if not source.is_file():
         raise SettingError(f"stage=filter needs {source}: run stage={stage} with the same name first")
-    place = StageFolder(run_dir(config) / "filter", config, lambda: key_of(config, source))
-    with place.work() as is_needed:
+    output = StageFolder(run_dir(config) / "filter", config, lambda: key_of(config, source))
+    with output.work() as is_needed:
         if not is_needed:
             return
         traces, total, rejected = select(
             map(group_from_json, read_jsonl(source)), config.filter, is_direct=config.anchors.is_direct
         )
-        write_jsonl(place.folder / "traces.jsonl", traces)
+        write_jsonl(output.folder / "traces.jsonl", traces)
         summary = {"num_rollouts": total, "num_kept": len(traces), "rejected": dict(rejected)}
-        write_atomic(place.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_atomic(output.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         print(f"filter: kept {len(traces)} of {total} rollouts ({len(traces) / max(total, 1):.1%})")
         for clause, count in rejected.most_common():
             print(f"  {count:6d} rejected by: {clause}")
-        with Tracker(place.folder, config.tracking, config.name, "filter", to_json(config), config.seed) as tracker:
+        with Tracker(output.folder, config.tracking, config.name, "filter", to_json(config), config.seed) as tracker:
             tracker.uses(f"{source.parent.name}-rollouts", "rollouts", source)
             tracker.log({"progress/rollouts": float(total), "progress/traces": float(len(traces))}, 0)
-            tracker.artifact("traces", "traces", place.folder / "traces.jsonl")
+            tracker.artifact("traces", "traces", output.folder / "traces.jsonl")

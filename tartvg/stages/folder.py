@@ -39,7 +39,7 @@ LIBRARIES = ("torch", "transformers", "peft", "pytorch-lightning", "av")
 
 
 def run_dir(config: Config) -> Path:
-    """The folder of the whole run."""
+    """Return the folder of the whole run."""
     return Path(config.runs_dir) / config.name
 
 
@@ -59,7 +59,7 @@ def git_state() -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, or None where there is none that can be read."""
+    """Read the manifest; None where there is none that can be read."""
     try:
         value = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -110,7 +110,7 @@ class StageFolder:
         return not isinstance(files, dict) or all(_size(self.folder / name) == size for name, size in files.items())
 
     def claim(self) -> bool:
-        """For one of several processes that fill the folder together: prepare it, and say whether there is work.
+        """Prepare the folder for one of several processes that fill it together, and say whether there is work.
 
         Does not finish the stage; `work` does. The processes may start at the same moment: each waits for its turn.
         """
@@ -125,7 +125,7 @@ class StageFolder:
     def work(self, patience_s: float = 0.0) -> Iterator[bool]:
         """Yields False when there is nothing to do; else the block does the stage, and leaving it marks it finished.
 
-        Of several processes that train together the leader decides and writes, and all leave together. Raises
+        Of several ranks, rank 0 decides and writes, and all leave together. Raises
         SettingError when another process is in the folder and stays for `patience_s` seconds.
         """
         if not distributed.is_rank_zero():
@@ -160,7 +160,7 @@ class StageFolder:
 
     @contextmanager
     def _claimed(self) -> Iterator[SharedStage | None]:
-        """The entry of this stage among those that runs share, while no other job makes it; None if none is wanted."""
+        """Lock this stage's entry among those that runs share, while no other job makes it; None if none is wanted."""
         if self.is_finished or not self.config.reuse_stages:
             yield None
             return

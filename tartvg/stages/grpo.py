@@ -21,7 +21,7 @@ from tartvg.training.grpo_module import GrpoModule
 
 
 def start_adapter(config: Config, stage: str) -> Path | None:
-    """Where a stage starts: `init_adapter` if set, else the base for grpo1 and the sft adapter for grpo2."""
+    """Return where a stage starts: `init_adapter` if set, else the base for grpo1 and the sft adapter for grpo2."""
     if config.init_adapter is not None:
         return adapter_of(config, config.init_adapter)
     return adapter_of(config, "sft") if stage == "grpo2" else None
@@ -44,10 +44,10 @@ def run_grpo(config: Config, stage: str) -> None:
     require(per_step % count == 0, "grpo.prompts_per_step", f"a multiple of the {count} processes", per_step)
     start = start_adapter(config, stage)
     max_steps = config.grpo.steps_of(stage)
-    place = StageFolder(run_dir(config) / stage, config, lambda: key_of(config, stage, start), is_training=True)
-    with place.work() as is_needed:
+    output = StageFolder(run_dir(config) / stage, config, lambda: key_of(config, stage, start), is_training=True)
+    with output.work() as is_needed:
         if is_needed:
-            _train(config, stage, place.folder, start, max_steps)
+            _train(config, stage, output.folder, start, max_steps)
 
 
 def key_of(config: Config, stage: str, start: Path | None) -> dict[str, Any]:

@@ -213,7 +213,7 @@ def _is_of_data(name: str) -> bool:
 
 
 def _is_same(name: str, old: Any, now: Any) -> bool:
-    """Whether a setting of the data is what it was; folders may be spelled in another way."""
+    """Return whether a setting of the data is what it was; folders may be spelled in another way."""
     if name in ("dataset.root", "dataset.videos") and old is not None and now is not None:
         return Path(old).resolve() == Path(now).resolve()
     return bool(old == to_json(now))

@@ -72,7 +72,7 @@ def _read(path: Path) -> str:
 
 
 def _is_gone(owner: str) -> bool:
-    """Whether the owner is known to be dead: a process of this host."""
+    """Return whether the owner is known to be dead: a process of this host."""
     host, _, process = owner.partition(" ")
     return host == socket.gethostname() and process.isdecimal() and not is_alive(int(process))
 

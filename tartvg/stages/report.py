@@ -46,7 +46,7 @@ def run_report(config: Config) -> None:
 
 
 def comparison_of(config: Config) -> Comparison | None:
-    """What to compare; None for a single run. Raises SettingError naming what is not there."""
+    """Find the runs to compare; None for a single run. Raises SettingError naming what is not there."""
     top, folder = Path(config.runs_dir), run_dir(config)
     if config.report.runs:
         folders = [top / name for name in config.report.runs]
@@ -65,7 +65,7 @@ def comparison_of(config: Config) -> Comparison | None:
 
 
 def report_run(folder: Path, config: Config, pages: dict[str, str]) -> tuple[Path, list[Table], tuple[str, ...]]:
-    """The page of one run, its stage pages and its tables as files; `pages` are further ones to link to."""
+    """Write the page of one run, its stage pages and its tables as files; `pages` are further ones to link to."""
     entry = read_entry(folder, folder.parent)
     assert entry.run is not None
     questions = questions_of([entry.run], config.dataset)

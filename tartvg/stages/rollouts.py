@@ -33,11 +33,11 @@ STAGE = "rollouts"
 def run_rollouts(config: Config) -> None:
     """Write rollouts, difficulties and metrics into `<run>/rollouts/`; interrupted, it goes on with the next step."""
     set_up_torch(config.trainer)
-    place = StageFolder(run_dir(config) / STAGE, config, lambda: key_of(config))
-    with place.work() as is_needed:
+    output = StageFolder(run_dir(config) / STAGE, config, lambda: key_of(config))
+    with output.work() as is_needed:
         if is_needed:
-            _draw(config, place.folder)
-            write_difficulties(place.folder)
+            _draw(config, output.folder)
+            write_difficulties(output.folder)
 
 
 def key_of(config: Config) -> dict[str, Any]:

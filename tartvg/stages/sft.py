@@ -23,10 +23,10 @@ def run_sft(config: Config) -> None:
     source = run_dir(config) / "filter" / "traces.jsonl"
     if not source.is_file():
         raise SettingError(f"stage=sft needs {source}: run stage=filter with the same name first")
-    place = StageFolder(run_dir(config) / "sft", config, lambda: key_of(config, source), is_training=True)
-    with place.work() as is_needed:
+    output = StageFolder(run_dir(config) / "sft", config, lambda: key_of(config, source), is_training=True)
+    with output.work() as is_needed:
         if is_needed:
-            _train(config, place.folder, source)
+            _train(config, output.folder, source)
 
 
 def key_of(config: Config, source: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ Work = Callable[[Config, str, Path, int, int], None]
 
 
 def batch_files(folder: Path, num_prompts: int, batch_size: int) -> list[Path]:
-    """The files of all batches, in the order of the queries."""
+    """Return the files of all batches, in the order of the queries."""
     return [folder / f"{start:06d}.jsonl" for start in range(0, num_prompts, batch_size)]
 
 
@@ -30,12 +30,12 @@ def missing_of(files: Sequence[Path], shard: int, num_shards: int) -> list[int]:
 
 
 def are_complete(files: Sequence[Path]) -> bool:
-    """Whether no batch is missing, whoever has to make it."""
+    """Return whether no batch is missing, whoever has to make it."""
     return not missing_of(files, 0, 1)
 
 
 def is_orphan(parent: int | None) -> bool:
-    """Whether the process `parent` that started this one for a shard is gone: then nobody waits for it."""
+    """Return whether the process `parent` that started this one for a shard is gone: then nobody waits for it."""
     return parent is not None and os.getppid() != parent
 
 

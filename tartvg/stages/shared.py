@@ -55,7 +55,7 @@ def identity(kind: str, key: str, config: Config, libraries: Mapping[str, str]) 
 
 
 def result_files(folder: Path) -> list[Path]:
-    """What a finished stage consists of, relative to its folder, in order; links and hidden files are none of it."""
+    """List the files of a finished stage, relative to its folder, in order; links and hidden files are none of them."""
     found = []
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
@@ -127,7 +127,7 @@ class SharedStage:
         return source
 
     def _copy(self, source: Path, files: Mapping[str, str], side: Path) -> bool:
-        """Whether every file could be copied and is what the entry says."""
+        """Copy every file; return whether all are what the entry says."""
         top = self.runs_dir.resolve()
         if not source.resolve().is_relative_to(top) or not source.is_dir():
             return False

@@ -79,7 +79,7 @@ def train_stage(
 
 
 def find_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest sound checkpoint of a stage. Raises RuntimeError where ranks find different ones."""
+    """Find the newest sound checkpoint of a stage. Raises RuntimeError where ranks find different ones."""
     found = latest_checkpoint(folder / "checkpoints")
     step = 0 if found is None else found.step
     if distributed.all_reduce_max(step, -step) != [step, -step]:

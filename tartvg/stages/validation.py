@@ -16,7 +16,7 @@ SPLIT = "val"
 
 
 def validation_key(config: Config) -> dict[str, Any]:
-    """What a stage's result and its metrics depend on, where it is measured."""
+    """Return what a stage's result and its metrics depend on, where it is measured."""
     if not config.validation.every:
         return {}
     found = settings_of(config, "validation", "evaluate.batch_size", "grpo.sampling.max_new_tokens")
@@ -25,7 +25,7 @@ def validation_key(config: Config) -> dict[str, Any]:
 
 
 def validation_of(config: Config, folder: Path, max_steps: int) -> Validation | None:
-    """The measurements of the stage in `folder`. Raises SettingError where a validation query has no label."""
+    """Make the validation of the stage in `folder`. Raises SettingError where a validation query has no label."""
     settings = config.validation
     if not settings.every:
         return None

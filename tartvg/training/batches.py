@@ -20,25 +20,25 @@ _SOURCES = 1 << 32
 
 @lru_cache(maxsize=16)
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of one epoch."""
+    """Return the order of one epoch."""
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
 def step_indices(seed: int, step: int, per_step: int, size: int) -> list[int]:
-    """Indices of the items of one step: epochs one after another, each in an order of its own."""
-    places = range(step * per_step, (step + 1) * per_step)
-    return [int(permutation(seed, place // size, size)[place % size]) for place in places]
+    """Return the indices of the items of one step: epochs one after another, each in an order of its own."""
+    positions = range(step * per_step, (step + 1) * per_step)
+    return [int(permutation(seed, position // size, size)[position % size]) for position in positions]
 
 
 class Mixture:
     """Draws the prompts of a training on several data sets: from which one by chance, of each one in epochs.
 
-    Places are the prompts of all steps, counted through. The source of a place is drawn with the probability of its
-    weight, by one stream of random numbers; the k-th place of a source is the k-th prompt of that source's epochs. So a
-    place depends on the seed and on what comes before it, not on where a training starts or ends.
+    Positions count the prompts of all steps. The source of a position is drawn with the probability of its weight, by
+    one stream of random numbers; the k-th position of a source is the k-th prompt of that source's epochs. So a
+    position depends on the seed and on what comes before it, not on where a training starts or ends.
     """
 
-    def __init__(self, sources: Sequence[str], weights: Mapping[str, float], seed: int, num_places: int) -> None:
+    def __init__(self, sources: Sequence[str], weights: Mapping[str, float], seed: int, num_positions: int) -> None:
         """`sources` has one entry per prompt. Raises ValueError for a source of `weights` without any prompt."""
         self.seed = seed
         members: dict[str, list[int]] = defaultdict(list)
@@ -49,29 +49,29 @@ class Mixture:
                 raise ValueError(f"no prompt is left of {source}")
         self.members = [members[source] for source in weights]
         shares = np.cumsum(list(weights.values())) / sum(weights.values())
-        chance = np.random.default_rng([seed, _SOURCES]).random(num_places)
+        chance = np.random.default_rng([seed, _SOURCES]).random(num_positions)
         self.drawn = np.minimum(np.searchsorted(shares, chance, side="right"), len(shares) - 1)
-        """The source of each place, by its position in `weights`."""
-        self.turns = np.zeros(num_places, dtype=int)
-        """How many places before have the same source."""
+        """The source of each position, by its position in `weights`."""
+        self.turns = np.zeros(num_positions, dtype=int)
+        """How many positions before have the same source."""
         for number in range(len(shares)):
-            places = np.flatnonzero(self.drawn == number)
-            self.turns[places] = np.arange(len(places))
+            positions = np.flatnonzero(self.drawn == number)
+            self.turns[positions] = np.arange(len(positions))
 
-    def index(self, place: int) -> int:
-        """The prompt of a place."""
-        members = self.members[self.drawn[place]]
-        epoch, turn = divmod(int(self.turns[place]), len(members))
+    def index(self, position: int) -> int:
+        """The prompt of a position."""
+        members = self.members[self.drawn[position]]
+        epoch, turn = divmod(int(self.turns[position]), len(members))
         return members[permutation(self.seed, epoch, len(members))[turn]]
 
 
 class StepBatch:
     """What the loader hands to a step. A plain class: Lightning must not look for tensors inside."""
 
-    def __init__(self, step: int, prompts: Sequence[Prompt], places: Sequence[int] | None = None) -> None:
+    def __init__(self, step: int, prompts: Sequence[Prompt], indices: Sequence[int] | None = None) -> None:
         self.step = step
         self.prompts = tuple(prompts)
-        self.places = tuple(range(len(prompts)) if places is None else places)
+        self.indices = tuple(range(len(prompts)) if indices is None else indices)
         """Of each prompt among those of all processes."""
         self.clips: dict[Path, Clip] = {}
         """By video, what was decoded ahead; see `tartvg.training.prefetch`."""
@@ -104,11 +104,11 @@ class StepDataset(Dataset[StepBatch]):
             raise IndexError(index)
         step, (rank, world_size) = self.start + index, self.share
         indices = self.indices(step)
-        places = range(rank, len(indices), world_size)
-        return StepBatch(step, [self.prompts[indices[place]] for place in places], places)
+        positions = range(rank, len(indices), world_size)
+        return StepBatch(step, [self.prompts[indices[position]] for position in positions], positions)
 
     def indices(self, step: int) -> list[int]:
         """The prompts of a step, of all ranks."""
         if self.mixture is None:
             return step_indices(self.seed, step, self.per_step, len(self.prompts))
-        return [self.mixture.index(place) for place in range(step * self.per_step, (step + 1) * self.per_step)]
+        return [self.mixture.index(position) for position in range(step * self.per_step, (step + 1) * self.per_step)]

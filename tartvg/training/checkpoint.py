@@ -60,7 +60,7 @@ class Checkpoint:
 
 
 def adapter_weights(model: PeftModel, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The trainable adapter's weights on the CPU, by PEFT's names; from `state` where the model's own are split."""
+    """Return the adapter's weights on the CPU by PEFT's names; from `state` where the model's are partitioned."""
     weights = get_peft_model_state_dict(model, state_dict=state and dict(state), adapter_name=ADAPTER)
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
 
@@ -93,7 +93,7 @@ def save_checkpoint(
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is sound; None without any. Damaged ones are named and passed over.
+    """Return the newest sound checkpoint, or None. Damaged ones are named and passed over.
 
     Raises SettingError for one that is whole but holds anything other than tensors and plain values: it is not ours.
     """
@@ -115,7 +115,7 @@ def restore_adapter(model: PeftModel, weights: Mapping[str, Tensor]) -> None:
 
 
 def check_files(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files all have the size and the checksum that it states.
+    """Return the manifest of a checkpoint whose files all have the size and the checksum that it states.
 
     Raises DamagedCheckpoint.
     """

@@ -61,7 +61,7 @@ def world_size() -> int:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process writes and prints."""
+    """Return whether this process writes and prints."""
     return rank() == 0
 
 
@@ -121,7 +121,7 @@ def all_reduce_sum(*values: float) -> list[float]:
 
 
 def any_rank(condition: bool) -> bool:
-    """Whether the condition holds on any rank, so that all take the same path."""
+    """Return whether the condition holds on any rank, so that all take the same path."""
     return bool(all_reduce_max(float(condition))[0])
 
 

@@ -41,7 +41,7 @@ class Engine:
         return self.module.optimizers()
 
     def gathered_parameters(self) -> AbstractContextManager[None]:
-        """All weights on every rank, for passes without gradient. Do not enter it inside `training_step`."""
+        """Gather all weights on every rank, for passes without gradient. Do not enter it inside `training_step`."""
         return nullcontext()
 
     def step(self, losses: Losses, max_norm: float, accept: Accept) -> tuple[float, bool]:

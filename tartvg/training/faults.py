@@ -42,7 +42,7 @@ class Faults:
         """What an inactive process has to tell."""
 
     def record(self, step: int, kind: str, **what: Any) -> None:
-        """One line, in the file and on the screen."""
+        """Write one line into the file and to the screen."""
         if not self.is_active:
             return
         append_jsonl(self.folder / FAULTS, [{"step": step, "kind": kind, **finite(what)}])
@@ -65,11 +65,11 @@ class Faults:
         self.own.clear()
 
     def passed(self) -> None:
-        """A step whose loss and gradient were finite."""
+        """Note a step whose loss and gradient were finite."""
         self.in_row = 0
 
     def skipped(self, step: int, norm: float, offenders: Sequence[dict[str, Any]]) -> None:
-        """A step that was not taken. Raises SettingError at the last one of `max_skipped` in a row."""
+        """Note a step that was not taken. Raises SettingError at the last one of `max_skipped` in a row."""
         path = self.folder / "faults" / f"step_{step:06d}.jsonl"
         if self.is_active:
             write_jsonl(path, map(finite, offenders))
@@ -82,7 +82,7 @@ class Faults:
         )
 
     def empty(self, step: int) -> None:
-        """A step that had nothing to train on. Raises SettingError at the last one of `max_skipped` in a row."""
+        """Note a step that had nothing to train on. Raises SettingError at the last one of `max_skipped` in a row."""
         self.in_row += 1
         self.record(step, "empty_step", action="step skipped", in_row=self.in_row)
         self._stop_at_the_limit(

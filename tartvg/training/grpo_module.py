@@ -115,7 +115,7 @@ class GrpoModule(StepModule):
     def prepare(self, batch: StepBatch) -> list[tuple[int, PreparedPrompt]]:
         """Encode prompts and videos; skip a prompt whose video cannot be decoded."""
         prepared = []
-        for index, prompt in zip(batch.places, batch.prompts, strict=True):
+        for index, prompt in zip(batch.indices, batch.prompts, strict=True):
             try:
                 prepared.append((index, self.policy.prepare(prompt, batch.clips.get(prompt.sample.video))))
             except VideoError as error:
@@ -164,7 +164,7 @@ class GrpoModule(StepModule):
         return RolloutGroup(prompt, tuple(rollouts), step)
 
     def has_reward_spread(self, group: RolloutGroup) -> bool:
-        """Whether a group is trained on: with `drop_zero_variance`, only one whose rewards or advantages differ."""
+        """Return whether a group is trained on: with `drop_zero_variance` only if rewards or advantages differ."""
         if not self.settings.drop_zero_variance or len({r.reward.total for r in group.rollouts}) > 1:
             return True
         return bool(segment_advantages(group, self.rubric, self.settings).any())

@@ -13,7 +13,7 @@ ALL_ROWS = slice(None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed. torch's CPU allocator raises a plain RuntimeError."""
+    """Return whether an allocation failed. torch's CPU allocator raises a plain RuntimeError."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -38,15 +38,15 @@ class Stop:
         PREEMPTION.hold()
 
     def begin_update(self) -> None:
-        """The weights change from here to `end_step`."""
+        """Mark that the weights change from here to `end_step`."""
         self.is_updating = True
 
     def end_step(self, finished_steps: int) -> None:
-        """The weights are the result of so many steps."""
+        """Mark that the weights are the result of so many steps."""
         self.finished_steps, self.is_updating = finished_steps, False
 
     def saved(self) -> None:
-        """A checkpoint of the finished steps is written."""
+        """Note that a checkpoint of the finished steps is written."""
         assert self.finished_steps is not None
         self.saved_step = self.finished_steps
 
@@ -75,7 +75,7 @@ class Stop:
             PREEMPTION.release(is_leaving=True)
 
     def is_asked(self) -> bool:
-        """Whether any rank got a signal. Collective."""
+        """Return whether any rank got a signal. Collective."""
         return distributed.any_rank(PREEMPTION.received is not None)
 
     @contextmanager

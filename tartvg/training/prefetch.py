@@ -56,7 +56,7 @@ def clips_ahead(
 
 
 def videos_of(prompts: Iterable[Prompt]) -> list[Path]:
-    """The video of each prompt."""
+    """Return the video of each prompt."""
     return [prompt.sample.video for prompt in prompts]
 
 

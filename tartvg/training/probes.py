@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def is_due(every: int, step: int) -> bool:
-    """Whether something that is measured every so many steps is measured at this one; 0 is never."""
+    """Return whether something that is measured every so many steps is measured at this one; 0 is never."""
     return every > 0 and step % every == 0
 
 
@@ -64,7 +64,7 @@ def decodable(policy: Policy, prompts: Sequence[Prompt], who: str, clips: Mappin
 
 
 def greedy_answers(policy: Policy, prepared: Sequence[PreparedPrompt], settings: SamplingConfig) -> list[Completion]:
-    """One greedy completion of each prompt, all at once or in the fewest parts that fit into memory."""
+    """Decode one greedy completion of each prompt, all at once or in the fewest parts that fit into memory."""
     if not prepared:
         return []
 

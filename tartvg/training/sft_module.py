@@ -64,10 +64,10 @@ class TraceDataset(Dataset[TraceBatch]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         step = self.start + index
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, index = divmod(step, self.steps_per_epoch)
         order = permutation(self.seed, epoch, len(self.queries))
         traces = [trace for i in order for trace in self.by_query[self.queries[i]]]
-        chosen = traces[place * self.batch_size : (place + 1) * self.batch_size]
+        chosen = traces[index * self.batch_size : (index + 1) * self.batch_size]
         groups = [(self.prompts[key], list(rows)) for key, rows in groupby(chosen, key=lambda t: t.sample_id)]
         return TraceBatch(step, groups[self.share[0] :: self.share[1]])
 

@@ -28,7 +28,7 @@ class StageBar(TQDMProgressBar):
         self.train_progress_bar.set_description(module.run.stage)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """The numbers behind the bar."""
+        """Return the numbers behind the bar."""
         module: Any = pl_module
         return {name: f"{value:.2f}" for name, value in module.headline.items()}
 
@@ -46,7 +46,7 @@ def make_strategy(settings: TrainerConfig, max_grad_norm: float) -> LightningStr
 
 
 def make_trainer(settings: TrainerConfig, folder: Path, max_grad_norm: float = 1.0) -> pl.Trainer:
-    """A Lightning trainer that does what the modules say and nothing beside it."""
+    """Make a Lightning trainer that does what the modules say and nothing beside it."""
     return pl.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,

@@ -125,7 +125,7 @@ class LocalUpdate:
 
 
 def is_finite(norm: float) -> bool:
-    """Whether every rank has a finite gradient norm. Collective."""
+    """Return whether every rank has a finite gradient norm. Collective."""
     return not distributed.any_rank(not math.isfinite(norm))
 
 

@@ -43,7 +43,7 @@ class Questions:
 
 
 class Validation:
-    """The measurements of one stage. Every process calls every method, and the leader writes."""
+    """The measurements of one stage. Every process calls every method, and rank 0 writes."""
 
     def __init__(self, questions: Questions, folder: Path, max_steps: int) -> None:
         self.questions = questions
@@ -54,11 +54,11 @@ class Validation:
         self.rows = {int(row["step"]): row for row in found}
 
     def is_due(self, step: int) -> bool:
-        """Whether the policy is measured after so many steps."""
+        """Return whether the policy is measured after so many steps."""
         return step == self.max_steps or (step > 0 and step % self.questions.settings.every == 0)
 
     def known(self, step: int) -> dict[str, float]:
-        """The metrics of a step that has been measured."""
+        """Return the metrics of a step that has been measured."""
         row = self.rows[step]
         names = [name for name in row if name in ("miou", "num_unparsed", "num_missing") or name.endswith("/miou")]
         return {f"eval/val/{name}": float(row[name]) for name in names}
@@ -77,7 +77,7 @@ class Validation:
         return answers
 
     def row(self, step: int, answers: Sequence[Prediction]) -> dict[str, Any]:
-        """The answers of all processes, counted."""
+        """Gather the answers of all ranks and score them."""
         everyone = [
             prediction_from_json(json.loads(line)) for line in distributed.all_gather_lines(list(map(dumps, answers)))
         ]
@@ -109,5 +109,5 @@ class Validation:
         self.rows[row["step"]] = row
 
     def chosen(self) -> Path | None:
-        """The adapter that becomes the stage's result instead of the last one; None: the last one does."""
+        """Return the adapter that becomes the stage's result instead of the last one; None keeps the last one."""
         return self.folder / BEST / "adapter" if self.questions.settings.keep_best else None

@@ -50,7 +50,7 @@ def test_processes_share_the_prompts_of_a_step_without_overlap(tmp_path, count):
     for step in range(4):
         shares = [StepDataset(some, 6, 0, 0, 4, share=(r, count))[step] for r in range(count)]
         assert {len(share.prompts) for share in shares} == {6 // count}
-        pairs = sorted(pair for share in shares for pair in zip(share.places, share.prompts, strict=True))
+        pairs = sorted(pair for share in shares for pair in zip(share.indices, share.prompts, strict=True))
         assert [prompt for _, prompt in pairs] == list(whole[step].prompts)
         assert [place for place, _ in pairs] == list(range(6))
 

@@ -16,8 +16,8 @@ SOURCES = ["a"] * 5 + ["b"] * 7
 PLACES = 9000
 
 
-def mixture(num_places=PLACES, seed=0, weights=WEIGHTS, sources=SOURCES):
-    return Mixture(sources, weights, seed, num_places)
+def mixture(num_positions=PLACES, seed=0, weights=WEIGHTS, sources=SOURCES):
+    return Mixture(sources, weights, seed, num_positions)
 
 
 def prompts():
