@@ -269,6 +269,23 @@ def test_a_run_goes_on_when_its_data_were_moved(small, untrained_base, run_comma
     assert "finished before" in run_command(*command, *second, "name=cut").stdout
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("two_processes")
+def test_two_processes_are_refused_in_one_line(small, untrained_base, run_command, tmp_path: Path) -> None:
+    """Rank 0 alone makes the key; what it refuses ends both."""
+    command = [
+        "trainer=ddp", *small, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.num_workers=0", "stage=grpo1",
+        "grpo.max_steps=1", "grpo.sampling.max_new_tokens=8", f"policy.path={untrained_base}", f"runs_dir={tmp_path}",
+        "name=r",
+    ]  # fmt: skip
+    run_command(*command)
+    refused = run_command(*command, "reward.beta=1", check=False)
+    assert refused.returncode == 2 and refused.stderr.count("reward.beta 5.0 -> 1.0") == 1
+    assert [line for line in refused.stderr.splitlines() if line.startswith("error:")] == [refused.stderr.strip()]
+    assert not list((tmp_path / "r").glob("*.old*"))
+    assert "finished before" in run_command(*command).stdout
+
+
 WHAT_IS_DONE = {"stage.name", "stage.sequence", "video", "query", "experiments", "sweeps", "report.group"}
 """Marked as without effect on a result because they say which one is asked for. The last excludes report.runs."""
 
