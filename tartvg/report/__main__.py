@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tartvg.launch.terminal import print_anything
 from tartvg.report.cells import is_run, is_sweep, read_sweep_folder
 from tartvg.report.compare import (
     anchors_table,
@@ -51,4 +52,5 @@ def _of_sweep(folder: Path) -> list[Table]:
 
 
 if __name__ == "__main__":
+    print_anything()
     sys.exit(main(sys.argv[1:]))

@@ -154,8 +154,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], config: Config, 
             for n, value in now.items()
             if any(n == o or (o.endswith(".") and n.startswith(o)) for o in owners) and before.get(n, value) != value
         ]
-        reason = "not recorded by the version that began it" if old.get(name) == UNKNOWN else "other content"
-        found.append(f"{what} ({', '.join(moved) or reason})")
+        if old.get(name) == UNKNOWN:
+            moved.append("not recorded by the version that began it")
+        found.append(f"{what} ({', '.join(moved) or 'other content'})")
     return found
 
 
@@ -200,7 +201,8 @@ def comparable(old: Mapping[str, Any], new: Mapping[str, Any], config: Config) -
     if "max_steps" in flat:  # of this stage; beside it stood a constant
         steps = flat.pop("max_steps")
         flat = {n: v for n, v in flat.items() if n not in STEPS} | {n: steps for n in STEPS if n in new}
-    is_known = "data" not in flat and all(  # an evaluation's is a hash, but of other things
+    # that of an evaluation is a hash, but of other things; drawn data follow from their settings
+    is_known = flat.get("data", "drawn") == "drawn" and all(
         _is_same(name, flat[name], value) for name, value, _ in flattened(config) if name in flat and _is_of_data(name)
     )
     flat |= {name: new[name] if is_known else UNKNOWN for name in ("data", "validation_data") if name in new}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tartvg.config import Config, SettingError
+from tartvg.launch.processes import is_follower
 from tartvg.memory import plan as memory
 
 
@@ -28,4 +29,6 @@ def refuse_what_cannot_fit(config: Config) -> None:
     if limit is None and config.trainer.accelerator == "gpu" and torch.cuda.is_available():
         limit = int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     if limit is not None:
-        print(memory.describe(memory.check(config, limit)), flush=True)
+        found = memory.describe(memory.check(config, limit))
+        if not is_follower():
+            print(found, flush=True)

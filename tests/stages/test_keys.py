@@ -24,7 +24,7 @@ from tartvg.records import to_json
 from tartvg.stages import controls, evaluate, filter, grpo, rollouts, sft
 from tartvg.stages.common import base_identity, refuse_missing_videos, train_data
 from tartvg.stages.folder import StageFolder
-from tartvg.stages.keys import BLOCK, data_identity, settings_of, video_identity
+from tartvg.stages.keys import BLOCK, UNKNOWN, comparable, data_identity, settings_of, video_identity
 from tartvg.types import GroundingSample, Prompt, Span
 
 EFFECTS = {name: effect for name, _, effect in flattened(Config())}
@@ -192,6 +192,9 @@ def test_a_folder_of_version_0_1_matches_or_says_why_not(
     assert not do(place_of(config, grpo.key_of(config, "grpo1", None)))
     moved = replace(config, policy=policy, dataset=data)
     assert not do(place_of(moved, grpo.key_of(moved, "grpo1", None)))
+    drawn, hashed = ({"data": data, "dataset": old_inputs(config)["dataset"]} for data in ("drawn", "0123"))
+    assert comparable(drawn, {"data": "x"}, config) == {"data": "x"}
+    assert comparable(hashed, {"data": "x"}, config) == {"data": UNKNOWN}
     shutil.copytree(config.dataset.root, tmp_path / "data")
     for change, words in (
         (replace(config, reward=replace(config.reward, beta=1.0)), "settings or inputs: reward.beta 5.0 -> 1.0. G"),
@@ -267,6 +270,23 @@ def test_a_run_goes_on_when_its_data_were_moved(small, untrained_base, run_comma
     assert "grpo1: continuing" in run_command(*command, *second, "name=cut").stdout
     assert without_places(tmp_path / "cut") == without_places(tmp_path / "whole")
     assert "finished before" in run_command(*command, *second, "name=cut").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("two processes")
+def test_two_processes_are_refused_in_one_line(small, untrained_base, run_command, tmp_path: Path) -> None:
+    """Rank 0 alone makes the key; what it refuses ends both."""
+    command = [
+        "trainer=ddp", *small, "trainer.accelerator=cpu", "trainer.devices=2", "trainer.num_workers=0", "stage=grpo1",
+        "grpo.max_steps=1", "grpo.sampling.max_new_tokens=8", f"policy.path={untrained_base}", f"runs_dir={tmp_path}",
+        "name=r",
+    ]  # fmt: skip
+    run_command(*command)
+    refused = run_command(*command, "reward.beta=1", check=False)
+    assert refused.returncode == 2 and refused.stderr.count("reward.beta 5.0 -> 1.0") == 1
+    assert [line for line in refused.stderr.splitlines() if line.startswith("error:")] == [refused.stderr.strip()]
+    assert not list((tmp_path / "r").glob("*.old*"))
+    assert "finished before" in run_command(*command).stdout
 
 
 WHAT_IS_DONE = {"stage.name", "stage.sequence", "video", "query", "experiments", "sweeps", "report.group"}

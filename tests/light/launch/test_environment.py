@@ -91,3 +91,11 @@ def test_a_terminal_that_knows_few_letters_gets_escapes(encoding: str) -> None:
     assert done.returncode == 0, done.stderr
     expected = "\u2500 \u4e2d\n\u4e2d\n" if encoding == "utf-8" else "\\u2500 \\u4e2d\n\\u4e2d\n"
     assert done.stdout.decode(encoding) == expected
+
+
+def test_a_command_of_its_own_prints_on_such_a_terminal_too() -> None:
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tartvg.tracking", "--print", "--dataset", "\u4e2d"]
+    done = subprocess.run(command, env=env, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert b"eval/\\u4e2d/miou" in done.stdout
