@@ -11,7 +11,7 @@ from tartvg.config import Config, SettingError
 from tartvg.data.clips import DECODERS, ClipReader
 from tartvg.data.datasets import load_samples
 from tartvg.policy.features import FeatureCache
-from tartvg.policy.loading import EMBEDDED_TINY, check_adapter, checked_base
+from tartvg.policy.loading import EMBEDDED_TINY, base_path, check_adapter
 from tartvg.policy.policy import Policy
 from tartvg.prompts import build_prompt
 from tartvg.records import read_jsonl, write_jsonl
@@ -62,11 +62,10 @@ def clip_reader(config: Config) -> ClipReader:
 
 
 def base_identity(config: Config) -> str:
-    """What tells one base model from another. Raises SettingError for files that cannot be used."""
+    """What tells one base model from another."""
     settings = config.policy
-    folder, _ = checked_base(settings)
     if settings.path == EMBEDDED_TINY or Path(settings.path).is_dir():
-        return fingerprint(folder)
+        return fingerprint(Path(base_path(settings)))
     return f"{settings.path}@{settings.revision}"
 
 

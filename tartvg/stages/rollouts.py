@@ -11,6 +11,7 @@ import torch
 
 from tartvg.config import Config
 from tartvg.grpo.metrics import rollout_metrics
+from tartvg.policy.loading import checked_base
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import read_jsonl, to_json
 from tartvg.rewards import Rubric
@@ -28,6 +29,7 @@ STAGE = "rollouts"
 def run_rollouts(config: Config) -> None:
     """Write `<run>/rollouts/rollouts.jsonl` and its metrics; interrupted, it goes on with the next step."""
     set_up_torch(config.trainer)
+    checked_base(config.policy)
     max_steps, settings = config.grpo.max_steps, config.grpo
     key = {
         "policy": config.policy, "dataset": config.dataset, "reward": config.reward, "prompt": config.anchors.prompt,
