@@ -97,7 +97,10 @@ def base_folder(settings: PolicyConfig) -> Path:
 
 
 def checked_base(settings: PolicyConfig) -> tuple[Path, Any]:
-    """The folder of the base and its tokenizer: all that can be checked in a second. Raises SettingError."""
+    """The folder of the base and its tokenizer. Every stage that needs them begins here: it takes a second.
+
+    Raises SettingError for a base that cannot be used.
+    """
     folder, setting = base_folder(settings), _named(settings)
     return folder, load_tokenizer(folder, read_config(folder, setting), setting)
 

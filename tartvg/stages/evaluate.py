@@ -20,6 +20,7 @@ from tartvg.evaluation.detection import mean_average_precision, ranked_answers
 from tartvg.evaluation.lengths import scores_by_length
 from tartvg.evaluation.score import ALL_THRESHOLDS, Conventions, score, scorecard_to_json
 from tartvg.evaluation.submission import submission
+from tartvg.policy.loading import checked_base
 from tartvg.policy.policy import Policy
 from tartvg.policy.sampling import greedy, stream_seed
 from tartvg.policy.torch_setup import set_up_torch
@@ -50,6 +51,7 @@ def run_evaluate(config: Config) -> None:
     """Score every target of `evaluate.policies` into `<run>/evaluate/<target>/`, then run the faithfulness controls."""
     refuse_equal_labels(config.evaluate.policies)
     set_up_torch(config.trainer)
+    checked_base(config.policy)
     for target in config.evaluate.policies:
         _evaluate(config, target)
     run_controls(config)

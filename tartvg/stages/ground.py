@@ -8,6 +8,7 @@ from pathlib import Path
 from tartvg.config import Config, SettingError
 from tartvg.data.clips import decode_isolated
 from tartvg.data.packets import VideoError
+from tartvg.policy.loading import checked_base
 from tartvg.policy.model_files import ADAPTER_FILE
 from tartvg.policy.sampling import greedy
 from tartvg.policy.torch_setup import set_up_torch
@@ -36,6 +37,7 @@ def run_ground(config: Config) -> None:
     """Print anchors and answer, and write `<run>/ground/<video>_<query>.png`."""
     assert config.video is not None and config.query is not None
     set_up_torch(config.trainer)
+    checked_base(config.policy)
     video = Path(config.video)
     try:
         clip = decode_isolated(video, config.policy.frames)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tartvg.config import Config, require
+from tartvg.policy.loading import checked_base
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.rewards import Rubric
 from tartvg.stages.common import adapter_of, base_identity, prompts_of, say_windows, train_data
@@ -40,6 +41,7 @@ def run_grpo2(config: Config) -> None:
 def run_grpo(config: Config, stage: str) -> None:
     """Train one GRPO stage into `<run>/<stage>/`: adapter, rollouts.jsonl, metrics.jsonl, checkpoints."""
     set_up_torch(config.trainer)
+    checked_base(config.policy)
     count, per_step = distributed.world_size(), config.grpo.prompts_per_step
     require(per_step % count == 0, "grpo.prompts_per_step", f"a multiple of the {count} processes", per_step)
     start = start_adapter(config, stage)

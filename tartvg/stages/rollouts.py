@@ -14,6 +14,7 @@ import torch
 
 from tartvg.config import Config
 from tartvg.grpo.metrics import rollout_metrics
+from tartvg.policy.loading import checked_base
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import read_jsonl, to_json
 from tartvg.rewards import Rubric
@@ -33,6 +34,7 @@ STAGE = "rollouts"
 def run_rollouts(config: Config) -> None:
     """Write rollouts, difficulties and metrics into `<run>/rollouts/`; interrupted, it goes on with the next step."""
     set_up_torch(config.trainer)
+    checked_base(config.policy)
     output = StageFolder(run_dir(config) / STAGE, config, lambda: key_of(config))
     with output.work() as is_needed:
         if is_needed:

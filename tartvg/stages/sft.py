@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tartvg.config import Config, SettingError
+from tartvg.policy.loading import checked_base
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import read_jsonl, trace_from_json
 from tartvg.stages.common import base_identity, prompts_of, train_data
@@ -20,6 +21,7 @@ from tartvg.training.sft_module import SftModule, TraceDataset
 def run_sft(config: Config) -> None:
     """Train `<run>/sft/adapter` on `<run>/filter/traces.jsonl`, starting from the untouched base."""
     set_up_torch(config.trainer)
+    checked_base(config.policy)
     source = run_dir(config) / "filter" / "traces.jsonl"
     if not source.is_file():
         raise SettingError(f"stage=sft needs {source}: run stage=filter with the same name first")
