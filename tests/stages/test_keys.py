@@ -15,8 +15,9 @@ import pytest
 from forking import start as start_command
 from helpers.settings import composed
 from interruptions import PATIENCE, num_lines, results, rows
+from omegaconf import OmegaConf
 
-from tartvg.config import Config, SettingError
+from tartvg.config import Config, SettingError, to_dataclasses
 from tartvg.config.fields import Effect, flattened
 from tartvg.launch.signals import REQUEUE_CODE
 from tartvg.policy.loading import ADAPTER_FILE
@@ -28,13 +29,14 @@ from tartvg.stages.keys import BLOCK, UNKNOWN, comparable, data_identity, settin
 from tartvg.types import GroundingSample, Prompt, Span
 
 EFFECTS = {name: effect for name, _, effect in flattened(Config())}
+FEW = [f"dataset.planted.num_{split}=1" for split in ("train", "val", "test")]
 
 
 # --- which settings
 
 
 def test_every_setting_is_part_of_a_key_or_marked(untrained_base: Path, small: list[str], tmp_path: Path) -> None:
-    config = composed(*small, f"policy.path={untrained_base}", "validation.every=2")
+    config = composed(*small, *FEW, f"policy.path={untrained_base}", "validation.every=2")
     (tmp_path / "source").write_text("")
     keys = [
         grpo.key_of(config, "grpo1", None), grpo.key_of(config, "grpo2", None), rollouts.key_of(config),
@@ -49,20 +51,25 @@ def test_every_setting_is_part_of_a_key_or_marked(untrained_base: Path, small: l
 
 
 def test_the_other_stages_and_places_of_a_run_are_no_part_of_a_training(small: list[str], untrained_base: Path) -> None:
-    few = [f"dataset.planted.num_{split}=1" for split in ("train", "val", "test")]
+    config = OmegaConf.structured(composed(*small, *FEW, f"policy.path={untrained_base}"))
 
-    def key(stage: str, *more: str) -> dict[str, Any]:
-        return grpo.key_of(composed(*small, *few, f"policy.path={untrained_base}", *more), stage, None)
+    def key(stage: str, name: str = "seed", value: Any = 0) -> dict[str, Any]:
+        changed = config.copy()
+        OmegaConf.update(changed, name, value)
+        return grpo.key_of(to_dataclasses(changed), stage, None)
 
     same = key("grpo1")
-    for other in ("filter.min_reward=1", "grpo.max_steps_grpo2=9", "sft.lr=1", "evaluate.split=val", "name=x",
-                  "policy.feature_cache_gib=0", "policy.frames.timeout_s=9", "policy.logit_chunk=7",
-                  "dataset.planted.num_test=2"):  # fmt: skip
-        assert key("grpo1", other) == same, other
-    for other in ("grpo.max_steps=9", "seed=1", "reward.beta=1", "policy.lora.rank=8", "dataset.planted.seed=1"):
-        assert key("grpo1", other) != same, other
-    assert key("grpo2", "grpo.max_steps_grpo2=9")["grpo.max_steps_grpo2"] == 9
-    assert "grpo.max_steps" not in key("grpo2") and "grpo.max_steps_grpo2" not in key("grpo1")
+    for name, value in (
+        ("filter.min_reward", 1), ("grpo.max_steps_grpo2", 9), ("sft.lr", 1), ("evaluate.split", "val"), ("name", "x"),
+        ("policy.feature_cache_gib", 0), ("policy.frames.timeout_s", 9), ("policy.logit_chunk", 7),
+        ("trainer.num_threads", 3), ("dataset.planted.num_test", 2),
+    ):  # fmt: skip
+        assert key("grpo1", name, value) == same, name
+    for name, value in (("grpo.max_steps", 9), ("seed", 1), ("reward.beta", 1), ("policy.lora.rank", 8)):
+        assert key("grpo1", name, value) != same, name
+    assert key("grpo1", "dataset.planted.seed", 1)["data"] != same["data"]
+    assert key("grpo2", "grpo.max_steps_grpo2", 9)["grpo.max_steps_grpo2"] == 9
+    assert "grpo.max_steps" not in key("grpo2") and "grpo.max_steps_grpo2" not in same
 
 
 # --- the content of inputs
@@ -181,7 +188,7 @@ def test_an_interrupted_training_is_kept_as_well_and_other_stages_ask_nothing(tm
 def test_a_folder_of_version_0_1_matches_or_says_why_not(
     small: list[str], untrained_base: Path, tmp_path: Path
 ) -> None:
-    config = replace(composed(*small, f"policy.path={untrained_base}"), runs_dir=str(tmp_path), name="r")
+    config = replace(composed(*small, *FEW, f"policy.path={untrained_base}"), runs_dir=str(tmp_path), name="r")
     folder = tmp_path / "r" / "grpo1"
     folder.mkdir(parents=True)
     manifest = {"finished": True, "key": "0123", "inputs": old_inputs(config), "files": {}}
