@@ -4,6 +4,7 @@ import json
 
 import pytest
 from forking import start as start_command
+from helpers.tracking import wandb_records
 from interruptions import kill_when, num_lines, results, rows
 
 PARTS = {"planted": 1, "planted_long": 2}
@@ -79,3 +80,20 @@ def test_a_missing_part_is_refused_before_a_policy_is_loaded(mixed, run_command,
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: dataset=mix: dataset=tacos has no train split in")
     assert not list(tmp_path.glob("planted*"))
+
+
+@pytest.mark.slow
+def test_wandb_holds_the_rewards_of_each_source(mixed, run_command, tmp_path):
+    short = ["grpo.max_steps=1", "grpo.prompts_per_step=6", "grpo.group_size=2", "grpo.sampling.max_new_tokens=8"]
+    command = [*mixed, *short, f"runs_dir={tmp_path}", "name=r", "stage=grpo1", "tracking.mode=offline"]
+    run_command(*command, is_real=True)  # forked, W&B's own process would be left before it has written everything
+    sent = {}
+    for record in wandb_records(tmp_path / "r/grpo1"):
+        if record.WhichOneof("record_type") == "history":
+            sent |= {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
+    (line,) = rows(tmp_path / "r/grpo1/metrics.jsonl")
+    own = {name: value for name, value in line.items() if name.split("/")[1] in PARTS}
+    assert {"reward/planted/format_mean", "reward/planted_long/total_mean", "anchors/planted_long/valid_rate"} <= set(
+        own
+    )
+    assert own.items() <= sent.items()
