@@ -49,8 +49,8 @@ class Conventions:
 def answer_iou(answer: Span | None, windows: Sequence[Span], rule: Rule = "best") -> float:
     """IoU in [0, 1] of an answer with a query's windows; 0 for an answer that could not be read.
 
-    `best`: the window that overlaps most (the official rule of QVHighlights' R1). `first`: the first window, which is
-    what training rewards. `union`: all windows together, as a set of seconds. Equal when there is one window.
+    `best`: the window that overlaps most (the official rule of QVHighlights' R1). `first`: the first window, as with
+    `reward.truth=first`. `union`: all windows together, as a set of seconds. Equal when there is one window.
     """
     if answer is None:
         return 0.0

@@ -92,7 +92,7 @@ def _anchor_metrics(rollouts: Sequence[Rollout], groups: Sequence[RolloutGroup],
             bool(response.anchors) and Fault.ANSWER_MISMATCH not in response.faults for response in answered
         ),
         **_first_and_last([
-            refinement(r.response.anchors, group.prompt.sample.windows[:1])
+            refinement(r.response.anchors, group.prompt.sample.windows)
             for group in groups
             for r in group.rollouts
             if r.response.num_anchors >= min(2, target)
