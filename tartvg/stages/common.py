@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tartvg.policy.policy import Policy
 from tartvg.prompts import build_prompt
 from tartvg.records import read_jsonl, write_jsonl
 from tartvg.stages.folder import fingerprint, run_dir
+from tartvg.training.out_of_memory import free_cached_memory
 from tartvg.types import Prompt
 
 BASE = "base"
@@ -44,6 +46,7 @@ def load_policy(config: Config, adapter: Path | None, *, is_trained: bool = Fals
 
     Under ZeRO-3 a policy that is to be trained (`is_trained`) stays in main memory until its weights are split.
     """
+    free_finished_policies()
     # first: they import while the weights are read, and start before CUDA and the network are up
     DECODERS.start(config.trainer.num_workers)
     settings = config.policy
@@ -53,7 +56,15 @@ def load_policy(config: Config, adapter: Path | None, *, is_trained: bool = Fals
     is_partitioned = is_trained and config.trainer.strategy.zero_stage == 3
     if config.trainer.accelerator == "gpu" and not is_partitioned:
         policy.to(torch.device("cuda", torch.cuda.current_device()))
+    if config.trainer.accelerator == "gpu":
+        policy.timer.wait = torch.cuda.synchronize
     return policy
+
+
+def free_finished_policies() -> None:
+    """Give back the memory of the policies before: module, trainer and optimiser refer to one another in circles."""
+    gc.collect()
+    free_cached_memory()
 
 
 def clip_reader(config: Config) -> ClipReader:
