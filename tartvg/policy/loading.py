@@ -13,7 +13,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from tartvg.config import LoraConfig, PolicyConfig, Precision
+from tartvg.config import LoraCompute, LoraConfig, PolicyConfig, Precision
+from tartvg.policy.lora import compute_natively
+from tartvg.policy.patches import embed_as_product
 from tartvg.policy.window_attention import WINDOW_ATTENTION
 
 EMBEDDED_TINY = "embedded:tiny"
@@ -77,6 +79,7 @@ def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneratio
         )
     if settings.attention != "flash_attention_2":
         model.model.visual.config._attn_implementation = WINDOW_ATTENTION
+    embed_as_product(model.model.visual)
     model.requires_grad_(False)
     return model.eval(), tokenizer
 
@@ -91,10 +94,13 @@ def new_adapter(model: Any, settings: LoraConfig, seed: int) -> peft.PeftModel:
         target_modules=f"({LORA_TARGETS}|{TOWER_TARGETS})" if settings.vision else LORA_TARGETS,
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, config, adapter_name=ADAPTER)
+    wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER)
+    if settings.compute is LoraCompute.native:
+        compute_natively(wrapped)
+    return wrapped
 
 
-def load_adapter(model: Any, folder: Path, *, is_reference_kept: bool) -> peft.PeftModel:
+def load_adapter(model: Any, folder: Path, settings: LoraConfig, *, is_reference_kept: bool) -> peft.PeftModel:
     """An adapter from a run's folder, trainable; with `is_reference_kept` also a frozen copy named `reference`.
 
     Raises ValueError for a folder without readable safetensors, and for those of another adapter.
@@ -112,6 +118,8 @@ def load_adapter(model: Any, folder: Path, *, is_reference_kept: bool) -> peft.P
     if is_reference_kept:
         wrapped.load_adapter(str(folder), adapter_name=REFERENCE, is_trainable=False)
         wrapped.set_adapter(ADAPTER)
+    if settings.compute is LoraCompute.native:
+        compute_natively(wrapped)
     return wrapped
 
 
