@@ -64,7 +64,7 @@ def own_settings(settings: GrpoConfig) -> GrpoConfig:
 def _train(config: Config, stage: str, folder: Path, start: Path | None, max_steps: int) -> None:
     with distributed.rank_zero_first():
         prompts = prompts_of(config, "train")
-    refuse_what_cannot_fit(config)
+    distributed.on_rank_zero(lambda: refuse_what_cannot_fit(config))  # the trace takes seconds of every core
 
     def make_module(setup: Setup) -> GrpoModule:
         rubric = Rubric(config.reward, config.anchors)
