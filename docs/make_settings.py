@@ -11,11 +11,12 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from enum import Enum
+from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING
 
-from tartvg.config.fields import EFFECT, Effect, is_optional, range_of
+from tartvg.config.fields import EFFECT, Effect, range_of
 from tartvg.config.run import Config
 
 CHOICES = ("experiments", "sweeps")
@@ -90,8 +91,8 @@ def _groups(kind: type) -> Iterator[Any]:
 
 def _kind(hint: Any, known: dataclasses.Field[Any]) -> str:
     """A type in words; the values of an enum by name."""
-    if is_optional(known):
-        return f"{next(a.__name__ for a in get_args(hint) if a is not type(None))} or null"
+    if isinstance(hint, UnionType):
+        return " or ".join("null" if kind is type(None) else kind.__name__ for kind in get_args(hint))
     if str(known.type).startswith("list"):
         return f"list of {_kind(get_args(hint)[0], dataclasses.field())}"
     if str(known.type).startswith("dict"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PHASES = ("decode", "vision", "sample", "reward", "reference", "update", "monitor")
@@ -14,15 +14,19 @@ class PhaseTimer:
     """Adds up the seconds spent inside `with timer("vision"):` blocks. Blocks must not nest."""
 
     def __init__(self) -> None:
+        self.wait: Callable[[], None] = lambda: None
+        """Wait for a device that works on while Python goes ahead, so that a phase is charged for its own work only."""
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._owner: str | None = None
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Time the block as `phase`."""
+        self.wait()
         start = time.perf_counter()
         try:
             yield
+            self.wait()  # not after an error, of which it could raise another one
         finally:
             self.seconds[self._owner or phase] += time.perf_counter() - start
 

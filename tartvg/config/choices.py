@@ -167,6 +167,13 @@ class Precision(Enum):
     bf16 = "bf16"
 
 
+class LoraCompute(Enum):
+    """Who computes the adapters' share: PEFT in fp32, or the policy's own layer in `policy.precision`."""
+
+    peft = "peft"
+    native = "native"
+
+
 class TrackingMode(Enum):
     """`offline` writes W&B files to sync later; `off` keeps metrics.jsonl only."""
 

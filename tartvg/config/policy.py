@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from tartvg.config.choices import Precision, require
+from tartvg.config.choices import LoraCompute, Precision, require
 from tartvg.config.fields import Effect, Settings, setting
 
 
@@ -46,6 +46,9 @@ class LoraConfig(Settings, path="policy.lora"):
     """The update is scaled by alpha / rank."""
     dropout: float = setting(0.0, at_least=0, below=1)
     """Dropout on the adapters' inputs, in training."""
+    compute: LoraCompute = LoraCompute.peft
+    """`native` computes in `policy.precision` on the same fp32 weights: quicker beside a bf16 base, in less memory.
+    In fp32 the two differ by rounding only. The adapter's files are PEFT's either way."""
     vision: bool = False
     """Adapters on the vision tower too. Its features then change with every update and are not cached."""
 
@@ -66,9 +69,10 @@ class PolicyConfig(Settings, path="policy"):
     """Attention kernels. The library's `eager` does not mask a causal pass by itself."""
     shared_prefix: bool = True
     """Run the prompt once per group. False is the slow oracle."""
-    activation_checkpointing: bool = setting(False, effect=Effect.rounding)
+    activation_checkpointing: bool | str = setting(False, effect=Effect.rounding)
     """Keep only the layers' inputs for the backward pass and run each layer twice: for long videos. The update then
-    costs a third more arithmetic, and its memory grows with the completions' own tokens only."""
+    costs a third more arithmetic, and its memory grows with the completions' own tokens only. `auto` does so for the
+    groups that would not fit into memory otherwise, as the memory model has it; under ZeRO-3 for all of them."""
     feature_cache_gib: float = setting(0.5, at_least=0, effect=Effect.none)
     """RAM for vision features, in GiB; 0 encodes every video anew."""
     feature_cache_dir: str | None = setting(None, effect=Effect.none)
@@ -82,10 +86,8 @@ class PolicyConfig(Settings, path="policy"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.shared_prefix or not self.activation_checkpointing,
-            "policy.activation_checkpointing",
-            "false without policy.shared_prefix",
-            self.activation_checkpointing,
-        )
+        value = self.activation_checkpointing
+        name = "policy.activation_checkpointing"
+        require(value in (True, False, "auto"), name, "true, false or auto", value)
+        require(self.shared_prefix or not value, name, "false without policy.shared_prefix", value)
         require(self.feature_cache_dir != "", "policy.feature_cache_dir", "null or a folder", self.feature_cache_dir)

@@ -30,6 +30,15 @@ GRACE_S = 30.0
 _PR_SET_PDEATHSIG = 1
 
 
+def prepare_allocator() -> None:
+    """Let CUDA's allocator grow its segments, unless the user has set it up. torch reads it at its import.
+
+    Groups differ in size from step to step: fixed segments of one size are left in pieces that fit no other.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name, which torch reads too
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def is_started() -> bool:
     """Return whether this process is one of several that a launcher started."""
     return all(os.environ.get(name) for name in LAUNCHED)

@@ -8,7 +8,7 @@ What is not seen: the workspace inside a kernel, fragmentation, and the context 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +52,8 @@ TRACED_LAYERS = (4, 6)
 """Decoder layers of the models that stand in for a deeper one."""
 TEXT_TOKENS = 400
 """Of a prompt beside its video: instructions and query."""
+WORK = ("sample", "update", "update_one")
+"""What is traced; the last is an update with one completion."""
 
 
 @dataclass(frozen=True)
@@ -231,16 +233,23 @@ def _trace(settings: PolicyConfig, load: Load) -> Footprint:
     )
 
 
-def _of_all_layers(settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load) -> dict[str, int]:
-    """Peaks of `sample`, `update` and `update_one` (with one completion).
+def update_bytes(settings: PolicyConfig, load: Load) -> int:
+    """Of the update of one group alone, see `Footprint.update`."""
+    return _of_all_layers(settings, model_config(settings), load, ("update",))["update"]
+
+
+def _of_all_layers(
+    settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load, names: Sequence[str] = WORK
+) -> dict[str, int]:
+    """Peaks of some of `WORK`.
 
     The decoder's layers are alike, so the peak of a phase grows by the same bytes with each: two small models tell a
     deep one's. The phases of each are told apart, as the highest may be another one in a deeper model.
     """
     layers = int(config.get_text_config().num_hidden_layers)
     if layers <= max(TRACED_LAYERS):
-        return {name: max(phases) for name, phases in _peaks(settings, config, load).items()}
-    few, more = (_peaks(settings, with_layers(config, number), load) for number in TRACED_LAYERS)
+        return {name: max(phases) for name, phases in _peaks(settings, config, load, names).items()}
+    few, more = (_peaks(settings, with_layers(config, number), load, names) for number in TRACED_LAYERS)
     step = TRACED_LAYERS[1] - TRACED_LAYERS[0]
     return {
         name: max(a + (b - a) * (layers - TRACED_LAYERS[0]) // step for a, b in zip(few[name], more[name], strict=True))
@@ -256,7 +265,9 @@ def with_layers(config: Qwen2_5_VLConfig, number: int) -> Qwen2_5_VLConfig:
     return changed
 
 
-def _peaks(settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load) -> dict[str, list[int]]:
+def _peaks(
+    settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load, names: Sequence[str] = WORK
+) -> dict[str, list[int]]:
     policy = ShapePolicy(settings, config)
     with FakeTensorMode():
         policy.become_fake()
@@ -267,8 +278,8 @@ def _peaks(settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load) -> dict
                 known.append(parameter.grad)
         rows = min(load.group_size, load.rows_per_pass or load.group_size)
         some, one = replace(load, group_size=rows), replace(load, group_size=1)
-        work = {"sample": (_sample, load), "update": (_update, some), "update_one": (_update, one)}
-        return {name: _measured(policy, known, size, function) for name, (function, size) in work.items()}
+        work = dict(zip(WORK, ((load, _sample), (some, _update), (one, _update)), strict=True))
+        return {name: _measured(policy, known, *work[name]) for name in names}
 
 
 def _measured(policy: ShapePolicy, known: list[Tensor], load: Load, work: Any) -> list[int]:

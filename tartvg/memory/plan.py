@@ -1,8 +1,9 @@
 """Does a plan fit? The memory of each GPU, before the start: what is kept, what each phase adds, and what to change.
 
 What a process needs comes from `tartvg.memory.footprint`, measured on the policy's own code. This file divides it over
-the processes as each strategy does. Two numbers are assumptions that no CPU can check, and are shown as such:
-`RUNTIME_BYTES` for the context of a GPU and the workspaces of its libraries, `FRAGMENTATION` for the allocator.
+the processes as each strategy does. Three numbers are assumptions that no CPU can check, and are shown as such:
+`RUNTIME_BYTES` for the context of a GPU and the workspaces of its libraries, with `NCCL_BYTES` for its channels to
+other GPUs, and `FRAGMENTATION` for the allocator.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ GIB = 2**30
 USUAL_GIB = 80e9 / GIB
 """Of a GPU that is sold with 80 GB; its memory in GiB."""
 RUNTIME_BYTES = int(1.5 * GIB)
+NCCL_BYTES = GIB
 FRAGMENTATION = 0.05
 PHASES = ("vision", "sample", "update")
 
@@ -91,10 +93,17 @@ def plan_of(footprint: Footprint, trainer: TrainerConfig, feature_cache_gib: flo
         "sample": footprint.sample + gathered,
         "update": footprint.update + (2 * footprint.largest_block if are_weights_split else 0),
     }
-    overhead = 0
+    overhead = runtime_of(trainer)
     if trainer.accelerator == "gpu":
-        overhead = RUNTIME_BYTES + int(FRAGMENTATION * (sum(kept.values()) + max(added.values())))
+        overhead += int(FRAGMENTATION * (sum(kept.values()) + max(added.values())))
     return Plan(trainer, kept, added, overhead, footprint.update - footprint.update_one)
+
+
+def runtime_of(trainer: TrainerConfig) -> int:
+    """Bytes that a GPU's libraries take beside all tensors."""
+    if trainer.accelerator != "gpu":
+        return 0
+    return RUNTIME_BYTES + (NCCL_BYTES if trainer.devices * trainer.num_nodes > 1 else 0)
 
 
 def estimate(config: Config) -> Plan:
@@ -111,7 +120,7 @@ def describe(plan: Plan) -> str:
     lines += [f"  {name:<10}{size / GIB:9.3f} GiB" for name, size in plan.kept.items() if size]
     lines += [f"  + {name:<8}{size / GIB:9.3f} GiB while it runs" for name, size in plan.added.items()]
     if plan.overhead:
-        lines.append(f"  + overhead{plan.overhead / GIB:9.3f} GiB assumed: context, workspaces, fragmentation")
+        lines.append(f"  + overhead{plan.overhead / GIB:9.3f} GiB assumed: context, workspaces, NCCL, fragmentation")
     lines.append(f"  peak      {plan.peak / GIB:9.3f} GiB")
     if plan.least < plan.peak:
         lines.append(f"  or        {plan.least / GIB:9.3f} GiB with large groups computed in parts, which is slower")

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.utils import is_flash_attn_2_available
 
-from tartvg.config import LoraConfig, PolicyConfig, Precision, SettingError
+from tartvg.config import LoraCompute, LoraConfig, PolicyConfig, Precision, SettingError
 from tartvg.launch.processes import is_follower
 from tartvg.policy.inputs import chat_text
+from tartvg.policy.lora import compute_natively
 from tartvg.policy.model_files import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -31,6 +32,7 @@ from tartvg.policy.model_files import (
     hub_folder,
     read_header,
 )
+from tartvg.policy.patches import embed_as_product
 from tartvg.policy.window_attention import WINDOW_ATTENTION
 
 EMBEDDED_TINY = "embedded:tiny"
@@ -179,6 +181,7 @@ def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneratio
         raise SettingError(f"{setting}: tie_word_embeddings is true, but lm_head.weight is not the embedding")
     if settings.attention != "flash_attention_2":
         model.model.visual.config._attn_implementation = WINDOW_ATTENTION
+    embed_as_product(model.model.visual)
     model.requires_grad_(False)
     return model.eval(), tokenizer
 
@@ -193,10 +196,13 @@ def new_adapter(model: Any, settings: LoraConfig, seed: int) -> peft.PeftModel:
         target_modules=f"({LORA_TARGETS}|{TOWER_TARGETS})" if settings.vision else LORA_TARGETS,
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, config, adapter_name=ADAPTER)
+    wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER)
+    if settings.compute is LoraCompute.native:
+        compute_natively(wrapped)
+    return wrapped
 
 
-def load_adapter(model: Any, folder: Path, *, is_reference_kept: bool) -> peft.PeftModel:
+def load_adapter(model: Any, folder: Path, settings: LoraConfig, *, is_reference_kept: bool) -> peft.PeftModel:
     """An adapter from a run's folder, trainable; with `is_reference_kept` also a frozen copy named `reference`.
 
     Raises SettingError for a folder without a readable LoRA adapter, and for one of another base.
@@ -210,6 +216,8 @@ def load_adapter(model: Any, folder: Path, *, is_reference_kept: bool) -> peft.P
         if is_reference_kept:
             wrapped.load_adapter(str(form), adapter_name=REFERENCE, is_trainable=False)
             wrapped.set_adapter(ADAPTER)
+    if settings.compute is LoraCompute.native:
+        compute_natively(wrapped)
     return wrapped
 
 

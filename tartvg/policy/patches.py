@@ -5,9 +5,12 @@ Legend: F frames, T temporal grid steps, H and W grid rows and columns in patche
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 PATCH = 14
 MERGE = 2
@@ -35,3 +38,25 @@ def patchify(frames: np.ndarray) -> tuple[Tensor, tuple[int, int, int]]:
     # -> t, block row, block column, row in block, column in block, channel, frame, pixel row, pixel column
     rows = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return rows.reshape(grid_t * grid_h * grid_w, -1).contiguous(), (grid_t, grid_h, grid_w)
+
+
+def embed_as_product(tower: Any) -> None:
+    """Have a tower embed its patches by `patch_product` on a GPU.
+
+    The CPU, whose runs are reproducible to the bit, stays with the library's Conv3d: the sums have another order.
+    """
+    module = tower.patch_embed
+    convolve = module.forward
+
+    def embed(rows: Tensor) -> Tensor:
+        return patch_product(rows, module.proj.weight) if rows.is_cuda else convolve(rows)
+
+    module.forward = embed
+
+
+def patch_product(rows: Tensor, kernel: Tensor) -> Tensor:
+    """Embed patches: (N, 3*2*14*14) rows by the kernel (D, 3, 2, 14, 14) of a Conv3d -> (N, D).
+
+    The kernel is as large as its stride, so each patch is one row of a matrix product.
+    """
+    return linear(rows.to(kernel.dtype), kernel.flatten(1))

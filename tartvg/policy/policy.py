@@ -5,7 +5,7 @@ Legend: P prompts, G rollouts per prompt, R = P * G rows, S prompt tokens, T com
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from tartvg.policy.loading import ADAPTER, REFERENCE, load_adapter, load_base, n
 from tartvg.policy.packed import packed_states
 from tartvg.policy.prefix_attention import suffix_states
 from tartvg.policy.sampling import draw, generators, restrict, uniforms
+from tartvg.policy.torch_setup import eval_mode
 from tartvg.timing import PhaseTimer
 from tartvg.types import Completion, GroundingSample, Prompt
 
@@ -77,6 +78,8 @@ class Policy(torch.nn.Module):
 
     lockstep_head_calls = 0
     """Inside `lockstep`: how often each call of `logps` calls the output head; 0 outside."""
+    fits_whole: Callable[[int, int], bool] | None = None
+    """For `activation_checkpointing: auto`: whether so many prompt and completion tokens fit; None: they never do."""
 
     def __init__(self, settings: PolicyConfig, adapter: Path | None = None, seed: int = 0) -> None:
         super().__init__()
@@ -85,7 +88,7 @@ class Policy(torch.nn.Module):
         self.model: PeftModel = (
             new_adapter(base, settings.lora, seed)
             if adapter is None
-            else load_adapter(base, adapter, is_reference_kept=True)
+            else load_adapter(base, adapter, settings.lora, is_reference_kept=True)
         )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError("the policy has no trainable parameter: the adapter was loaded frozen")
@@ -342,10 +345,9 @@ class Policy(torch.nn.Module):
         group, length = tokens.ids.shape
         rows = self.language_model.embed_tokens(tokens.ids[:, :-1])
         steps = prepared.inputs.next_position + torch.arange(length - 1, device=self.device)
-        if self.settings.activation_checkpointing:
+        if self.is_checkpointed(prepared.inputs.length, tokens.ids.numel()):
             prompt, positions = self._embed_prompt(prepared), prepared.inputs.positions.to(self.device)
-            name = self.settings.attention
-            is_reentrant = self.lockstep_head_calls > 0
+            name, is_reentrant = self.settings.attention, self.lockstep_head_calls > 0
             last, states = packed_states(self.language_model, prompt, positions, rows, steps, name, is_reentrant)
             return torch.cat([last.expand(group, -1, -1), states], dim=1)
         prefix, last = self._prefill(prepared)
@@ -354,6 +356,13 @@ class Policy(torch.nn.Module):
             return last
         states = suffix_states(self.language_model, rows, steps, prefix, self.settings.attention)
         return torch.cat([last, states], dim=1)
+
+    def is_checkpointed(self, num_prompt: int, num_completion: int) -> bool:
+        """Whether the layers of a group of so many tokens run twice. It depends on nothing else: KL compares passes."""
+        value = self.settings.activation_checkpointing
+        if isinstance(value, bool):
+            return value
+        return self.fits_whole is None or not self.fits_whole(num_prompt, num_completion)
 
     def _naive(self, prepared: PreparedPrompt, tokens: TokenBatch) -> Tensor:
         """The same states from G whole sequences, without any cache."""
@@ -387,14 +396,3 @@ class Policy(torch.nn.Module):
                 yield
             finally:
                 tuner.set_adapter(ADAPTER, inference_mode=False)
-
-
-@contextmanager
-def eval_mode(policy: Policy) -> Iterator[None]:
-    """Eval mode inside the block; the mode before is restored."""
-    was_training = policy.training
-    policy.eval()
-    try:
-        yield
-    finally:
-        policy.train(was_training)

@@ -1,9 +1,11 @@
-"""Process-wide settings of torch and of the allocator that a stage makes before it computes."""
+"""What a stage sets in torch and in the allocator before it computes, and in a module while it does."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -13,11 +15,14 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 
 
 def set_up_torch(settings: TrainerConfig) -> None:
-    """Make a CPU run reproducible and quick."""
+    """Make a CPU run reproducible and quick.
+
+    Not on a GPU: its attention adds gradients atomically all the same, and all memory would be filled before use.
+    """
     keep_freed_memory()
     refuse_missing_gpus(settings)
     torch.set_num_threads(settings.num_threads)
-    torch.use_deterministic_algorithms(True, warn_only=settings.accelerator != "cpu")
+    torch.use_deterministic_algorithms(settings.accelerator == "cpu")
 
 
 def refuse_missing_gpus(settings: TrainerConfig) -> None:
@@ -52,3 +57,14 @@ def keep_freed_memory() -> bool:
         return False
     limit = 2**31 - 1
     return bool(mallopt(_MMAP_THRESHOLD, limit) and mallopt(_TRIM_THRESHOLD, limit) and mallopt(_TOP_PAD, 64 << 20))
+
+
+@contextmanager
+def eval_mode(module: torch.nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; the mode before is restored."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from tartvg.config import Config, SettingError, StageName
-from tartvg.launch.processes import TRAINED, is_parallel, is_started
+from tartvg.launch.processes import TRAINED, is_parallel, is_started, prepare_allocator
 
 STAGES: dict[StageName, str] = {
     StageName.rollouts: "tartvg.stages.rollouts:run_rollouts",
@@ -24,6 +24,7 @@ STAGES: dict[StageName, str] = {
 
 def run(config: Config) -> int | None:
     """Run the stage that the configuration names. Returns an exit code, None for 0."""
+    prepare_allocator()
     from tartvg.stages.quiet import quiet_libraries
 
     quiet_libraries()
@@ -45,6 +46,10 @@ def run_stage(name: StageName, config: Config) -> int | None:
         return None
     module, _, function = STAGES[name].partition(":")
     code: int | None = getattr(import_module(module), function)(config)
+    if name in TRAINED:  # now, on every rank: an evaluation may use this GPU from another process
+        from tartvg.stages.common import free_finished_policies
+
+        free_finished_policies()
     return code
 
 

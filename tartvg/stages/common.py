@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -20,6 +21,7 @@ from tartvg.prompts import build_prompt
 from tartvg.records import read_jsonl, write_jsonl
 from tartvg.stages.folder import run_dir
 from tartvg.stages.keys import data_identity, fingerprint
+from tartvg.training.out_of_memory import free_cached_memory
 from tartvg.types import Prompt
 
 BASE = "base"
@@ -96,6 +98,7 @@ def load_policy(
     Under ZeRO-3 a policy that is to be trained (`is_trained`) stays in main memory until its weights are split.
     `num_decoders` are started for it; None: `trainer.num_workers`.
     """
+    free_finished_policies()
     # first: they import while the weights are read, and start before CUDA and the network are up
     DECODERS.start(config.trainer.num_workers if num_decoders is None else num_decoders)
     settings = config.policy
@@ -105,7 +108,15 @@ def load_policy(
     is_partitioned = is_trained and config.trainer.strategy.zero_stage == 3
     if config.trainer.accelerator == "gpu" and not is_partitioned:
         policy.to(torch.device("cuda", torch.cuda.current_device()))
+    if config.trainer.accelerator == "gpu":
+        policy.timer.wait = torch.cuda.synchronize
     return policy
+
+
+def free_finished_policies() -> None:
+    """Give back the memory of the policies before: module, trainer and optimiser refer to one another in circles."""
+    gc.collect()
+    free_cached_memory()
 
 
 def clip_reader(config: Config) -> ClipReader:

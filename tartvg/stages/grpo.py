@@ -70,7 +70,7 @@ def _train(config: Config, stage: str, folder: Path, start: Path | None, max_ste
         prompts = choose(config, stage, folder, prompts, is_writing=distributed.is_rank_zero())
         if distributed.is_rank_zero():
             say_windows(stage, prompts, config.reward.truth)
-    refuse_what_cannot_fit(config)
+    distributed.on_rank_zero(lambda: refuse_what_cannot_fit(config))  # the trace takes seconds of every core
 
     def make_module(setup: Setup) -> GrpoModule:
         rubric = Rubric(config.reward, config.anchors)

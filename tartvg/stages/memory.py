@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tartvg.config import Config, SettingError
-from tartvg.launch.processes import is_follower
 from tartvg.memory import plan as memory
+from tartvg.memory.whole import WholeUpdates, whole_updates
+from tartvg.training import distributed
 
 
 def run_memory(config: Config) -> None:
@@ -25,10 +28,33 @@ def refuse_what_cannot_fit(config: Config) -> None:
 
     Silent where nothing says how much there is: on a CPU without `trainer.memory_gib`.
     """
-    limit = None if config.trainer.memory_gib is None else int(config.trainer.memory_gib * memory.GIB)
-    if limit is None and config.trainer.accelerator == "gpu" and torch.cuda.is_available():
-        limit = int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    if limit is not None:
-        found = memory.describe(memory.check(config, limit))
-        if not is_follower():
-            print(found, flush=True)
+    if (limit := limit_of(config)) is not None:
+        print(memory.describe(memory.check(config, limit)), flush=True)
+
+
+def limit_of(config: Config) -> int | None:
+    """Bytes of a process's device, as the settings or the GPU say; None where nothing says it."""
+    if config.trainer.memory_gib is not None:
+        return int(config.trainer.memory_gib * memory.GIB)
+    if config.trainer.accelerator == "gpu" and torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return None
+
+
+def fits_whole(config: Config) -> Callable[[int, int], bool] | None:
+    """The rule of `policy.activation_checkpointing: auto`, see `Policy.fits_whole`; None without it. Collective.
+
+    Rank 0 traces. Under ZeRO-3 all ranks have to take the same passes, so there every group runs its layers twice.
+    """
+    if config.policy.activation_checkpointing != "auto" or config.trainer.strategy.zero_stage == 3:
+        return None
+    limit = limit_of(config)
+    if limit is None:
+        return lambda num_prompt, num_completion: True
+    numbers = [0.0] * 9
+    if distributed.is_rank_zero():
+        found = whole_updates(config, limit)
+        print(found, flush=True)
+        numbers = [found.budget, *found.lengths, *found.tokens, *found.corners]
+    budget, *rest = distributed.all_reduce_sum(*numbers)
+    return WholeUpdates(budget, (rest[0], rest[1]), (rest[2], rest[3]), (rest[4], rest[5], rest[6], rest[7]))

@@ -11,6 +11,7 @@ from tartvg.config import Config
 from tartvg.policy.policy import Policy
 from tartvg.records import to_json
 from tartvg.stages.common import keep_before, load_policy
+from tartvg.stages.memory import fits_whole
 from tartvg.stages.validation import validation_of
 from tartvg.tracking import Tracker
 from tartvg.training import distributed
@@ -63,6 +64,7 @@ def train_stage(
     )  # fmt: skip
     validation = validation_of(config, folder, max_steps)
     policy = load_policy(config, adapter, is_trained=True)
+    policy.fits_whole = fits_whole(config)
     module = make_module(Setup(policy, run, tracker, checkpoint, validation))
     if is_rank_zero:
         keep_before(folder / "rollouts.jsonl", start_step)

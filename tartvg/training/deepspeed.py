@@ -77,6 +77,16 @@ class AnyDeviceZero(DeepSpeedStrategy):
         with mock.patch.object(self.precision_plugin, "convert_module", lambda module: module):
             super().setup(trainer)
 
+    def teardown(self) -> None:
+        """Take the engine apart: hooks that it has put into the weights keep the whole policy alive otherwise."""
+        import deepspeed
+
+        engine = self.model
+        super().teardown()
+        if isinstance(engine, deepspeed.DeepSpeedEngine):  # not where the fit failed before there was one
+            engine.destroy()
+        self.model = None
+
     def init_deepspeed(self) -> None:
         """Build DeepSpeed's engine; on the CPU without the device number."""
         import deepspeed

@@ -27,7 +27,7 @@ from tartvg.training import distributed
 from tartvg.training.batches import StepBatch
 from tartvg.training.checkpoint import Checkpoint
 from tartvg.training.credit import kl_coefs, segment_advantages, token_advantages
-from tartvg.training.out_of_memory import ALL_ROWS, in_fewest_parts, is_out_of_memory
+from tartvg.training.out_of_memory import ALL_ROWS, free_cached_memory, in_fewest_parts, is_out_of_memory
 from tartvg.training.probes import Row, control_rows, drift_rows, is_due, measured, rows_of, sampler_gap
 from tartvg.training.step import StageRun, StepModule
 from tartvg.training.update import UpdateResult
@@ -150,6 +150,7 @@ class GrpoModule(StepModule):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+        free_cached_memory()  # outside: inside, the error's traceback still holds the tensors
         half = len(prompts) // 2
         action = "sampled in two halves" if half else "left out"
         self.faults.record_own(step, "out_of_memory", samples=ids, action=action, phase="sample")

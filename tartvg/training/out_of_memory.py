@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TypeVar
@@ -10,13 +11,24 @@ import torch
 
 T = TypeVar("T")
 ALL_ROWS = slice(None)
+FAILED_ALLOCATION = re.compile(
+    r"can't allocate memory"  # torch's allocator on the CPU
+    r"|CU(BLAS|DNN|SOLVER|SPARSE|FFT)_\w*ALLOC(ATION)?_FAILED"  # workspaces and handles of CUDA's libraries
+    r"|CU(DA|BLAS|DNN)\b.*out of memory",  # a kernel, a graph or the driver, past torch's allocator
+    re.IGNORECASE,
+)
+"""What a RuntimeError that is no OutOfMemoryError says of it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocation failed. torch's CPU allocator raises a plain RuntimeError."""
+    """Return whether an allocation failed, so that less work at once may fit.
+
+    One inside NCCL does not count: other ranks wait in that call, and none of them would try again.
+    """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    text = str(error)
+    return isinstance(error, RuntimeError) and "nccl" not in text.lower() and bool(FAILED_ALLOCATION.search(text))
 
 
 def row_slices(num_rows: int, num_parts: int) -> list[slice]:

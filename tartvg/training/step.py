@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -124,6 +124,10 @@ class StepModule(pl.LightningModule):
         return LocalUpdate(self.engine, self.stop, self.faults, max_norm, rows)
 
     # -- called by Lightning -------------------------------------------------------------------------------------------
+
+    def cpu(self) -> Self:
+        """Stay: at the end of `fit` Lightning would copy the whole base to main memory, on every rank."""
+        return self
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW on the adapter."""

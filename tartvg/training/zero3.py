@@ -58,10 +58,14 @@ class Zero3Strategy(AnyDeviceZero):
         super().init_deepspeed()
 
     def teardown(self) -> None:
-        """Restore torch's own linear layer, which ZeRO-3 replaces in the whole process for good."""
+        """Free the partitions, and restore torch's own linear layer, which ZeRO-3 replaces for good."""
         from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patches
 
+        weights = [] if self.model is None else list(self.model.parameters())
         super().teardown()
+        for weight in weights:
+            if hasattr(weight, "ds_tensor"):
+                weight.ds_tensor.data = weight.ds_tensor.new_empty(0)
         torch.nn.functional.linear = getattr(Patches, "linear_bk", torch.nn.functional.linear)
 
 

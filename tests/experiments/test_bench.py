@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from experiments.efficiency.bench.counting import count
+from experiments.efficiency.bench.first_hour import Finding, Place, numerics, seven
+from experiments.efficiency.bench.gpu import Load, cells, measure_gpu
+from experiments.efficiency.bench.gpu import measure as measure_phase
 from experiments.efficiency.bench.memory import measure
 from experiments.efficiency.bench.phases import PHASES, measure_phases, phase_table, write_video
 from experiments.efficiency.bench.questions import Bench
@@ -142,6 +145,46 @@ def test_phases_of_a_real_video(bench, policy, tmp_path):
     assert found[NAIVE]["update"].counts.tokens == G * (length + C - 1)
     text = phase_table(found)
     assert text.count("\n") == 2 + 3 * (len(PHASES) + 1)
+
+
+@pytest.fixture
+def own_flags():
+    """What a run sets in torch is set back."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_gpu_question_on_any_device(tmp_path, capsys, own_flags):
+    """Its own repeats, device and shapes; what does not fit is a line of the table."""
+    found = measure_gpu(tmp_path, "cpu", 1, {"toy": TOY}, Load(80, 6, 3, 4))
+    phases = found["shapes"]["toy"]
+    assert list(phases)[:2] == ["vision", f"{VISION_ONCE}: rollout"] and len(phases) == 9
+    assert all(len(phase["seconds"]) == 1 and phase["tflops"] > 0 for phase in phases.values())
+    table = capsys.readouterr().out
+    assert "### CPU: toy shape" in table and table.count("\n| ") == 11
+
+
+def test_a_phase_that_does_not_fit_is_said_and_the_next_one_runs(policy):
+    def too_much():
+        return torch.empty(1 << 50, dtype=torch.uint8)
+
+    for prepare in (too_much, lambda: too_much):  # what the phase needs, and the phase itself
+        assert measure_phase(policy, prepare, 1, Load()) is None
+    assert cells(None, 1e12)[0] == "out of memory"
+    with pytest.raises(ZeroDivisionError):
+        measure_phase(policy, lambda: lambda: 1 / 0, 1, Load())
+
+
+@pytest.mark.slow
+def test_the_first_hours_numerics_and_phases_run_without_a_gpu(tmp_path, own_flags):
+    """Expectations of speed and memory are shown there and not judged; numbers are."""
+    place = Place(tmp_path, "cpu")
+    findings = [*numerics(place), *seven(place)]
+    assert len(findings) == 14 and all(f.expected and f.found for f in findings)
+    assert not any(f.is_met is False for f in findings if "recorded" not in f.what and "patches" not in f.what)
+    said = {f.what: f.found for f in findings}
+    assert said["pytest -m gpu"] == "needs a CUDA device"
+    assert Finding("a", "b", "c", False).verdict == "NO"
 
 
 @pytest.mark.slow

@@ -173,6 +173,8 @@ def test_strategies_split_what_they_say(config):
     assert (zero2.kept["weights"], zero2.kept["gradients"], zero2.kept["optimizer"]) == (1000, 10, 30)
     zero3 = plan(Strategy.zero3, 4)
     assert zero3.least == zero3.peak  # an update under ZeRO-3 cannot be tried again in parts
+    gpus = [plan_of(footprint, TrainerConfig("gpu", n, strategy=Strategy.ddp), 0).overhead for n in (1, 8)]
+    assert gpus[1] - gpus[0] == 2**30, "NCCL's channels"
     assert zero3.kept["weights"] == 250 and zero3.added == {"vision": 755, "sample": 780, "update": 260}
 
 

@@ -41,6 +41,43 @@ def test_torch_out_of_memory_is_recognised():
     assert not is_out_of_memory(RuntimeError("shapes differ"))
 
 
+@pytest.mark.parametrize(
+    ("text", "is_it"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB", True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("CUDA driver error: out of memory", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", True),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("NCCL error in: ProcessGroupNCCL.cpp:77, unhandled cuda error\nCuda failure 2 'out of memory'", False),
+    ],
+)
+def test_what_cuda_says_of_lacking_memory(text, is_it):
+    """The words of the libraries; every one of them comes as a RuntimeError or as a subclass of it."""
+    for kind in (RuntimeError, torch.AcceleratorError):
+        assert is_out_of_memory(kind(text)) == is_it
+    assert not is_out_of_memory(ValueError(text))
+
+
+def test_memory_is_given_back_before_sampling_again(policy, prompts, tmp_path, monkeypatch):
+    """Else the halves would be cut out of what the attempt before has left in pieces."""
+    happened = []
+    monkeypatch.setattr("tartvg.training.grpo_module.free_cached_memory", lambda: happened.append("freed"))
+    module = make_grpo(policy, tmp_path, RUBRIC)
+
+    def sample(prepared, *_):
+        happened.append(len(prepared))
+        return too_much() if len(prepared) > 1 else [[] for _ in prepared]
+
+    policy.sample = sample
+    encoded = [(index, policy.prepare(prompt)) for index, prompt in enumerate(prompts[:2])]
+    assert len(module.sample(encoded, 0)) == 2
+    assert happened == [2, "freed", 1, 1]
+
+
 @pytest.mark.parametrize("parts", [2, 3, 5, 99])
 def test_slices_cover_all_rows_once(parts):
     slices = row_slices(5, parts)

@@ -64,7 +64,7 @@ def test_bf16_ways_agree_as_far_as_bf16_goes(tmp_path, attention):
 def test_the_3b_by_phase(tmp_path):
     """One card of 80 GB: the shared update takes at most 1.5 times the share of its tokens, and memory stays flat."""
     load = Load()
-    found = measure_gpu(tmp_path, load, QWEN_3B, repeats=3)["phases"]
+    found = measure_gpu(tmp_path, repeats=3, shapes={"3B": QWEN_3B}, load=load)["shapes"]["3B"]
     shared, naive = found[f"{SHARED}: update"], found[f"{VISION_ONCE}: update"]
     assert shared is not None and found[f"{SAVING}: update"]["peak_gib"] < shared["peak_gib"]
     if naive is not None:  # else eight whole sequences did not fit

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers.released import WIDTHS, original_name, released_config
 from hydra import compose, initialize_config_dir
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +18,16 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from experiments.tiny_base import model as tiny
-from tartvg.config import FramesConfig, LoraConfig, PolicyConfig, Precision, SamplingConfig, register, to_dataclasses
+from tartvg.config import (
+    FramesConfig,
+    LoraCompute,
+    LoraConfig,
+    PolicyConfig,
+    Precision,
+    SamplingConfig,
+    register,
+    to_dataclasses,
+)
 from tartvg.data.video import FACTOR, Clip
 from tartvg.policy.loading import load_base, new_adapter
 from tartvg.policy.patches import MEAN, MERGE, PATCH, STD, TEMPORAL_PATCH
@@ -26,66 +36,12 @@ from tartvg.types import GroundingSample, Prompt, Span
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 MODELS = ["qwen2_5_vl_3b", "qwen2_5_vl_7b"]
-WIDTHS = {
-    "qwen2_5_vl_3b": dict(
-        hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-        num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True,
-    ),
-    "qwen2_5_vl_7b": dict(
-        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,
-    ),
-}  # fmt: skip
 SHRUNKEN = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 TINY_VISION = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, fullatt_block_indexes=[1])
 COUNTS = {
     "qwen2_5_vl_3b": dict(all=3_754_622_976, vision=668_684_288, lora=29_933_568, cache=36_864),
     "qwen2_5_vl_7b": dict(all=8_292_166_656, vision=676_550_144, lora=40_370_176, cache=57_344),
 }
-
-
-def released_config(widths: dict, sections: list[int], vision: dict | None = None) -> dict:
-    """config.json as released: everything of the language model at the top level, names of transformers 4.41."""
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "max_position_embeddings": 128000,
-        "max_window_layers": 70,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": sections},
-        "sliding_window": 32768,
-        "use_sliding_window": False,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.41.2",
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-        "vision_token_id": 151654,
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        **widths,
-        "vision_config": {
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-            "hidden_act": "silu",
-            "in_chans": 3,
-            "out_hidden_size": widths["hidden_size"],
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "temporal_patch_size": 2,
-            "tokens_per_second": 2,
-            "window_size": 112,
-            **(vision or {}),
-        },
-    }
 
 
 def composed(name: str):
@@ -159,10 +115,6 @@ def original_weights(tied: bool) -> tuple[dict[str, Tensor], dict, transformers.
         if not (tied and name == "lm_head.weight"):
             weights[original_name(name)] = weight.clone()
     return weights, config, tokenizer
-
-
-def original_name(name: str) -> str:
-    return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
 
 def write_checkpoint(folder: Path, weights: dict[str, Tensor], config: dict, tokenizer, num_shards: int = 3) -> Path:
@@ -317,7 +269,7 @@ def test_the_settings_are_those_of_the_published_preprocessing(name):
     frames = config.policy.frames
     assert config.policy.path == f"Qwen/Qwen2.5-VL-{name[-2:].upper()}-Instruct"
     assert (config.policy.precision, config.policy.attention) == (Precision.bf16, "sdpa")
-    assert dataclasses.astuple(config.policy.lora) == (16, 32, 0.0, False)
+    assert dataclasses.astuple(config.policy.lora) == (16, 32, 0.0, LoraCompute.native, False)
     assert (published["patch_size"], published["merge_size"], published["temporal_patch_size"]) == (
         PATCH, MERGE, TEMPORAL_PATCH,
     )  # fmt: skip
@@ -330,3 +282,5 @@ def test_the_settings_are_those_of_the_published_preprocessing(name):
     assert frames.min_pixels == 16 * FACTOR**2 < published["size"]["shortest_edge"]
     assert frames.total_pixels == 3584 * FACTOR**2 < 0.9 * 128000 * FACTOR**2
     assert composed("qwen2_5_vl_3b").policy.frames == composed("qwen2_5_vl_7b").policy.frames
+    assert config.policy.activation_checkpointing == "auto"
+    assert config.faithfulness.every == 50, "greedy answers of up to 1,024 tokens"

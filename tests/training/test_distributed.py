@@ -48,6 +48,15 @@ def test_two_processes_run_the_whole_method_like_one(strategy, shared, alone, ru
     assert json.loads((run / "evaluate/grpo2/manifest.json").read_text())["finished"]
 
 
+def test_adapters_in_the_compute_type_train_like_one(shared, run_command, tmp_path):
+    """Their matrices are split under ZeRO-3, and gathered when the layer calls them."""
+    common = ["policy.lora.compute=native", "stage=grpo1", f"runs_dir={tmp_path}"]
+    run_command(*shared, *common, "trainer=cpu", "trainer.num_threads=1", "name=one")
+    run_command(*trainer("zero3", shared), *common, "name=two")
+    assert said(tmp_path / "one/grpo1/rollouts.jsonl") == said(tmp_path / "two/grpo1/rollouts.jsonl")
+    assert_same_training("zero3", tmp_path / "one", tmp_path / "two")
+
+
 def test_weights_in_main_memory_train_like_one(shared, alone, run_command, tmp_path):
     command = [*trainer("zero3_offload", shared), "stage=grpo1", f"runs_dir={tmp_path}", "name=r"]
     run_command(*command)

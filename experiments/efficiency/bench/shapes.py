@@ -47,10 +47,9 @@ SMALL = Shape(hidden=512, layers=6, intermediate=1536, heads=8, kv_heads=2)
 """Its cost is in its layers, not in Python or the head, and it fits a laptop."""
 SMALLER = Shape(hidden=256, layers=6, intermediate=768, heads=4, kv_heads=2)
 """A third of it; at a thousand tokens attention, which sharing saves less of, is a third of its work."""
-QWEN_3B = Shape(
-    2048, 36, 11008, 16, 2, 151936,
-    dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31]),
-)  # fmt: skip
+TOWER = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
+QWEN_3B = Shape(2048, 36, 11008, 16, 2, 151936, TOWER)
+QWEN_7B = Shape(3584, 28, 18944, 28, 4, 152064, TOWER)
 
 
 def build_policy(
@@ -87,9 +86,10 @@ def _write_base(shape: Shape, folder: Path, precision: Precision, device: str) -
     )
     config["vision_config"].update(shape.vision, out_hidden_size=shape.hidden)
     torch.manual_seed(0)
-    with torch.device(device):
-        model: Any = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
-    model.to(DTYPES[precision])
+    with torch.device(device):  # in the type that is saved: the 7B in fp32 would take 33 GB
+        model: Any = Qwen2_5_VLForConditionalGeneration._from_config(
+            Qwen2_5_VLConfig(**config), dtype=DTYPES[precision]
+        )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
