@@ -24,7 +24,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tartvg.config import FramesConfig, PolicyConfig
 from tartvg.data.video import FACTOR, TEMPORAL_PATCH, target_size
-from tartvg.policy.kv_cache import SHARED_PREFIX_ATTENTION, DecodeCache, attending_by
+from tartvg.policy.decode_attention import SHARED_PREFIX_ATTENTION
+from tartvg.policy.kv_cache import DecodeCache, attending_by
 from tartvg.policy.loading import DTYPES, base_path, new_adapter
 from tartvg.policy.policy import Policy, TokenBatch
 from tartvg.timing import PhaseTimer
@@ -145,9 +146,9 @@ class ShapePolicy(Policy):
             self.model = new_adapter(base.eval(), settings.lora, 0)
         self._core = [base]
         self.timer = PhaseTimer()
-        self.banned = [0]
         self.vocabulary = int(config.get_text_config().vocab_size)
         self.tokenizer = range(self.vocabulary)
+        self.ban([0])
 
     def become_fake(self) -> None:
         """Give every weight and buffer a CPU tensor of the current FakeTensorMode; shared ones stay shared."""

@@ -19,18 +19,18 @@ from torch.utils.checkpoint import checkpoint
 from tartvg.config import PolicyConfig, SamplingConfig
 from tartvg.data.clips import ClipReader
 from tartvg.data.video import Clip
+from tartvg.policy.decode_attention import SHARED_PREFIX_ATTENTION
 from tartvg.policy.disk_cache import DiskCache, disk_cache
 from tartvg.policy.features import FeatureCache, VideoFeatures, video_key
+from tartvg.policy.head import never_sampled, token_bias
 from tartvg.policy.inputs import PromptInputs, clip_patches, encode_prompt
-from tartvg.policy.kv_cache import CAUSAL, SHARED_PREFIX_ATTENTION, DecodeCache, PrefixCache, attending_by
+from tartvg.policy.kv_cache import CAUSAL, DecodeCache, PrefixCache, attending_by
 from tartvg.policy.loading import ADAPTER, REFERENCE, load_adapter, load_base, new_adapter
 from tartvg.policy.packed import packed_states
 from tartvg.policy.prefix_attention import suffix_states
 from tartvg.policy.sampling import draw, generators, restrict, uniforms
 from tartvg.timing import PhaseTimer
 from tartvg.types import Completion, GroundingSample, Prompt
-
-NEVER_SAMPLED = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Policy(torch.nn.Module):
 
     lockstep_head_calls = 0
     """Inside `lockstep`: how often each call of `logps` calls the output head; 0 outside."""
+    token_bias: Tensor
 
     def __init__(self, settings: PolicyConfig, adapter: Path | None = None, seed: int = 0) -> None:
         super().__init__()
@@ -89,17 +90,15 @@ class Policy(torch.nn.Module):
         )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError("the policy has no trainable parameter: the adapter was loaded frozen")
-        core: Any = self.model.get_base_model()
-        self._core: list[Any] = [core]  # in a list: a module must not be registered twice
+        self._core: list[Any] = [self.model.get_base_model()]  # in a list: a module must not be registered twice
         self.cache = FeatureCache(settings.feature_cache_gib)
         self.disk = self._disk_cache()
         self.clips = ClipReader()
         self.timer = PhaseTimer()
-        banned = [self.tokenizer.convert_tokens_to_ids(t) for t in NEVER_SAMPLED]
-        self.banned = [b for b in banned if b is not None and b != self.tokenizer.unk_token_id]
+        self.ban(never_sampled(self.tokenizer))
         self.end_id = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
         self.end_ids = {self.end_id, int(self.tokenizer.convert_tokens_to_ids("<|endoftext|>"))}
-        self.tokens_per_second = float(core.config.vision_config.tokens_per_second)
+        self.tokens_per_second = float(self.core.config.vision_config.tokens_per_second)
 
     @property
     def core(self) -> Any:
@@ -115,6 +114,12 @@ class Policy(torch.nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    def ban(self, ids: Sequence[int]) -> None:
+        """Never say these tokens, nor any that the tokenizer has no word for."""
+        self.banned = list(ids)
+        bias = token_bias(self.banned, len(self.tokenizer), self.core.lm_head.out_features, self.device)
+        self.register_buffer("token_bias", bias, persistent=False)
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 
@@ -226,8 +231,7 @@ class Policy(torch.nn.Module):
         tokens: list[list[int]] = [[] for _ in range(rows)]
         logps: list[list[float]] = [[] for _ in range(rows)]
         has_ended = [False] * rows
-        live = list(range(len(prompts)))
-        streams = generators(seeds)
+        live, streams = list(range(len(prompts))), generators(seeds)
         start = torch.tensor([p.inputs.next_position for p in prompts], device=self.device)
         while cache.length < settings.max_new_tokens:
             logits = self._logits(hidden[:, 0])
@@ -236,8 +240,7 @@ class Policy(torch.nn.Module):
             else:
                 numbers = uniforms([streams[p] for p in live], group_size).to(self.device)
                 chosen = draw(restrict(logits, settings), numbers)
-            scale = settings.temperature or 1.0
-            picked = (logits / scale).log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]
+            picked = (logits / (settings.temperature or 1.0)).log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]
             row_of = [p * group_size + g for p in live for g in range(group_size)]
             for row, token, logp in zip(row_of, chosen.tolist(), picked.tolist(), strict=True):
                 if not has_ended[row]:
@@ -250,8 +253,7 @@ class Policy(torch.nn.Module):
             if len(keep) < len(live):
                 index = torch.tensor(keep, device=self.device)
                 cache.keep(index)
-                chosen = chosen.view(-1, group_size)[index].flatten()
-                start = start[index]
+                chosen, start = chosen.view(-1, group_size)[index].flatten(), start[index]
                 live = [live[i] for i in keep]
             hidden = self._decode_one(chosen, start.repeat_interleave(group_size) + cache.length, cache)
         done = [
@@ -275,10 +277,8 @@ class Policy(torch.nn.Module):
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """float32 logits of (..., hidden) states; tokens that a policy may never say are at -inf."""
-        logits = self.core.lm_head(hidden).float()
-        logits[..., self.banned] = float("-inf")
-        logits[..., len(self.tokenizer) :] = float("-inf")  # released heads have more rows than the tokenizer words
-        return logits
+        logits: Tensor = self.core.lm_head(hidden).float()
+        return logits.add_(self.token_bias)
 
     # -- log-probabilities -------------------------------------------------------------------------------------------
 

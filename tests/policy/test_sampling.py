@@ -173,7 +173,8 @@ def test_forbidden_tokens_never_appear_even_if_the_head_wants_nothing_else(polic
 
 
 def test_without_the_ban_an_untrained_model_does_say_them(policy):
-    banned, policy.banned = set(policy.banned), []
+    banned = set(policy.banned)
+    policy.ban([])
     seen = said(policy.sample(prepared(policy, "a"), 100, SamplingConfig(max_new_tokens=20), [0]))
     assert seen.keys() & banned
 
