@@ -16,17 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tartvg.policy.kv_cache import DecodeCache
 from tartvg.policy.prefix_attention import NO_KERNEL, announce
-
-SHARED_PREFIX_ATTENTION = "tartvg_shared_prefix"
 
 Part = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor]]
 """query (B, K, N, D), key, value (B, K, L, D), bias (B or 1, 1, 1, L) or None, scale -> output (B, K, N, D) and
@@ -105,28 +101,22 @@ def _why_not(device: torch.device, dtype: torch.dtype, width: int, queries: int)
 
 
 def shared_prefix_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
-    shared: DecodeCache, **__: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """For the library's decoder layers: query (R, H, 1, D); key, value (R, K, T, D). Returns (R, 1, H, D).
+    query: Tensor, key: Tensor, value: Tensor, cache: DecodeCache, layer: int, scale: float
+) -> Tensor:  # fmt: skip
+    """query (R, H, D); key, value (R, K, T, D): the row's own. Returns (R, H * D).
 
     The result is that of one softmax over prompt and completion. The prompt is read once for its G rows.
     """
-    rows, heads, _, width = query.shape
-    kv_heads, group = key.shape[1], shared.group_size
+    rows, heads, width = query.shape
+    kv_heads, group = key.shape[1], cache.group_size
     repeats, prompts = heads // kv_heads, rows // group
     part = part_of(query.device, query.dtype, width, repeats)
-    by_row = query.view(rows, kv_heads, repeats, width)
+    by_row = query.reshape(rows, kv_heads, repeats, width)
     by_prompt = by_row.view(prompts, group, kv_heads, repeats, width).transpose(1, 2)
     flat = by_prompt.reshape(prompts, kv_heads, group * repeats, width)
-    layer = module.layer_idx
-    from_prompt, logs_prompt = part(flat, shared.keys[layer], shared.values[layer], shared.prefix_bias, scaling)
-    from_own, logs_own = part(by_row, key, value, shared.own_bias, scaling)
+    from_prompt, logs_prompt = part(flat, cache.keys[layer], cache.values[layer], cache.prefix_bias, scale)
+    from_own, logs_own = part(by_row, key, value, cache.own_bias, scale)
     logs_prompt = logs_prompt.reshape(prompts, kv_heads, group, repeats).transpose(1, 2).reshape(logs_own.shape)
     from_prompt = from_prompt.reshape(prompts, kv_heads, group, repeats, width).transpose(1, 2).reshape(by_row.shape)
     share = torch.sigmoid(logs_prompt - logs_own)[..., None]
-    out = torch.lerp(from_own.float(), from_prompt.float(), share).to(query.dtype)
-    return out.reshape(rows, 1, heads, width), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(SHARED_PREFIX_ATTENTION, shared_prefix_attention)
+    return torch.lerp(from_own.float(), from_prompt.float(), share).to(query.dtype).view(rows, -1)

@@ -19,16 +19,15 @@ from torch.utils.checkpoint import checkpoint
 from tartvg.config import PolicyConfig, SamplingConfig
 from tartvg.data.clips import ClipReader
 from tartvg.data.video import Clip
-from tartvg.policy.decode_attention import SHARED_PREFIX_ATTENTION
+from tartvg.policy.decoding import decode, pace_of
 from tartvg.policy.disk_cache import DiskCache, disk_cache
 from tartvg.policy.features import FeatureCache, VideoFeatures, video_key
 from tartvg.policy.head import never_sampled, token_bias
 from tartvg.policy.inputs import PromptInputs, clip_patches, encode_prompt
-from tartvg.policy.kv_cache import CAUSAL, DecodeCache, PrefixCache, attending_by
+from tartvg.policy.kv_cache import CAUSAL, DecodeCache, PrefixCache
 from tartvg.policy.loading import ADAPTER, REFERENCE, load_adapter, load_base, new_adapter
 from tartvg.policy.packed import packed_states
 from tartvg.policy.prefix_attention import suffix_states
-from tartvg.policy.sampling import draw, generators, restrict, uniforms
 from tartvg.timing import PhaseTimer
 from tartvg.types import Completion, GroundingSample, Prompt
 
@@ -78,6 +77,7 @@ class Policy(torch.nn.Module):
     lockstep_head_calls = 0
     """Inside `lockstep`: how often each call of `logps` calls the output head; 0 outside."""
     token_bias: Tensor
+    """float32 (V,), added to logits: -inf for what the policy may never say."""
 
     def __init__(self, settings: PolicyConfig, adapter: Path | None = None, seed: int = 0) -> None:
         super().__init__()
@@ -209,71 +209,29 @@ class Policy(torch.nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[PreparedPrompt], group_size: int, settings: SamplingConfig, seeds: Sequence[int]
-    ) -> list[list[Completion]]:
+        self, prompts: Sequence[PreparedPrompt], group_size: int, settings: SamplingConfig, seeds: Sequence[int],
+        num_greedy: int = 0,
+    ) -> list[list[Completion]]:  # fmt: skip
         """G completions of each prompt; each prompt is prefilled once. Temperature 0 is greedy.
 
-        `seeds` has one number per prompt: a group depends on its own seed only, not on its neighbours.
+        `seeds` has one number per prompt: a group depends on its own seed only, not on its neighbours. Before the G
+        come `num_greedy` greedy ones, from the same prefill.
         """
         with self.timer("sample"), eval_mode(self):
             filled = [self._prefill(p) for p in prompts]
-            hidden = torch.cat([h for _, h in filled]).repeat_interleave(group_size, dim=0)
-            cache = DecodeCache([c for c, _ in filled], group_size, settings.max_new_tokens)
-            del filled
-            with attending_by(self.language_model, SHARED_PREFIX_ATTENTION):
-                return self._decode(prompts, cache, hidden, group_size, settings, seeds)
+            hidden, bucket = torch.cat([last[:, 0] for _, last in filled]), pace_of(self.device).bucket
+            rows = num_greedy + group_size
+            cache = DecodeCache([prefix for prefix, _ in filled], rows, settings.max_new_tokens, bucket)
+            del filled  # every prompt has been copied
+            start = [p.inputs.next_position for p in prompts]
+            said = decode(
+                self.language_model, self._logits, cache, hidden, start, settings, seeds, self.end_ids, num_greedy
+            )
+        return [[self._completion(*row) for row in group] for group in said]
 
-    def _decode(
-        self, prompts: Sequence[PreparedPrompt], cache: DecodeCache, hidden: Tensor, group_size: int,
-        settings: SamplingConfig, seeds: Sequence[int],
-    ) -> list[list[Completion]]:  # fmt: skip
-        rows = len(prompts) * group_size
-        tokens: list[list[int]] = [[] for _ in range(rows)]
-        logps: list[list[float]] = [[] for _ in range(rows)]
-        has_ended = [False] * rows
-        live, streams = list(range(len(prompts))), generators(seeds)
-        start = torch.tensor([p.inputs.next_position for p in prompts], device=self.device)
-        while cache.length < settings.max_new_tokens:
-            logits = self._logits(hidden[:, 0])
-            if settings.temperature == 0:
-                chosen = logits.argmax(dim=-1)
-            else:
-                numbers = uniforms([streams[p] for p in live], group_size).to(self.device)
-                chosen = draw(restrict(logits, settings), numbers)
-            picked = (logits / (settings.temperature or 1.0)).log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]
-            row_of = [p * group_size + g for p in live for g in range(group_size)]
-            for row, token, logp in zip(row_of, chosen.tolist(), picked.tolist(), strict=True):
-                if not has_ended[row]:
-                    tokens[row].append(token)
-                    logps[row].append(logp)
-                    has_ended[row] = token in self.end_ids
-            keep = [i for i, p in enumerate(live) if not all(has_ended[p * group_size : (p + 1) * group_size])]
-            if not keep or cache.length + 1 == settings.max_new_tokens:
-                break
-            if len(keep) < len(live):
-                index = torch.tensor(keep, device=self.device)
-                cache.keep(index)
-                chosen, start = chosen.view(-1, group_size)[index].flatten(), start[index]
-                live = [live[i] for i in keep]
-            hidden = self._decode_one(chosen, start.repeat_interleave(group_size) + cache.length, cache)
-        done = [
-            Completion(self.tokenizer.decode(t, skip_special_tokens=True), tuple(t), tuple(p), ended)
-            for t, p, ended in zip(tokens, logps, has_ended, strict=True)
-        ]
-        return [done[p * group_size : (p + 1) * group_size] for p in range(len(prompts))]
-
-    def _decode_one(self, ids: Tensor, positions: Tensor, cache: DecodeCache) -> Tensor:
-        """Feed one token per row, (R,); returns its hidden state, (R, 1, hidden)."""
-        out = self.language_model(
-            inputs_embeds=self.language_model.embed_tokens(ids)[:, None],
-            position_ids=positions[None, :, None].expand(3, -1, -1),
-            attention_mask=CAUSAL,
-            past_key_values=cache,
-            use_cache=True,
-            shared=cache,
-        )
-        cache.length += 1
-        return out.last_hidden_state
+    def _completion(self, ids: list[int], logps: list[float]) -> Completion:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Completion(text, tuple(ids), tuple(logps), ids[-1] in self.end_ids)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """float32 logits of (..., hidden) states; tokens that a policy may never say are at -inf."""

@@ -1,7 +1,6 @@
 """Attention of a decoded token: the numbers of one softmax over prompt and completion, and no rounded scores."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,18 +36,15 @@ class Case:
             prefix = PrefixCache()
             prefix.update(key, value, 0)
             prefixes.append(prefix)
-        cache = DecodeCache(prefixes, self.group, self.keys.shape[2])
+        cache = DecodeCache(prefixes, self.group, self.keys.shape[2], self.keys.shape[2])
         keys, values = self.keys, self.values
         if places is not None:  # behind the last token there is room for more, masked
             own = keys.shape[2]
             keys, values = (torch.nn.functional.pad(x, (0, 0, 0, places - own), value=7.0) for x in (keys, values))
             cache.own_bias = torch.zeros(1, 1, 1, places, dtype=keys.dtype)
             cache.own_bias[..., own:] = -torch.inf
-        scale = self.query.shape[3] ** -0.5
-        out, _ = shared_prefix_attention(
-            SimpleNamespace(layer_idx=0), self.query, keys, values, None, scale, shared=cache
-        )
-        return out[:, 0]
+        out = shared_prefix_attention(self.query[:, :, 0], keys, values, cache, 0, self.query.shape[3] ** -0.5)
+        return out.view((*self.query.shape[:2], -1))
 
     def copied(self):
         """One softmax for each row over copies of its prompt's keys and its own."""
