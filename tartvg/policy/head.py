@@ -1,11 +1,12 @@
-"""The output head: which tokens a policy may say.
+"""The output head: which tokens a policy may say, and how exactly their logits are computed.
 
-Legend: V rows of the head.
+Legend: N states, V rows of the head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,3 +30,39 @@ def token_bias(banned: Sequence[int], num_words: int, size: int, device: torch.d
     bias[list(banned)] = float("-inf")
     bias[num_words:] = float("-inf")
     return bias
+
+
+CHUNK = 16384
+"""Rows of the head that are float32 at a time."""
+
+
+def compute_in_float32(head: Any) -> None:
+    """Let a linear head of 16 bits keep its products in float32.
+
+    bfloat16 has steps of 0.06 to 0.13 at logits of 16, which is noise of 0.025 to 0.05 nats on each log-probability.
+    The ratio of two policies that are a small update apart must not consist of it.
+    """
+    if head.weight.dtype != torch.float32:
+        head.forward = partial(_logits, head)  # the module is called as before: ZeRO-3 has hooks on it
+
+
+def _logits(head: Any, hidden: Tensor) -> Tensor:
+    logits: Tensor = _Float32Product.apply(hidden.flatten(0, -2), head.weight)
+    return logits.unflatten(0, hidden.shape[:-1])
+
+
+class _Float32Product(torch.autograd.Function):
+    """hidden (N, width) and the frozen weight (V, width), both of 16 bits -> float32 (N, V)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        if hidden.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):  # the same kernel, its sums not rounded
+            exact: Tensor = torch.ops.aten.mm.dtype(hidden, weight.t(), torch.float32)
+            return exact
+        return torch.cat([hidden.float() @ part.float().t() for part in weight.split(CHUNK)], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return gradients[0].to(weight.dtype) @ weight, None

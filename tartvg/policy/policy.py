@@ -22,7 +22,7 @@ from tartvg.data.video import Clip
 from tartvg.policy.decoding import decode, pace_of
 from tartvg.policy.disk_cache import DiskCache, disk_cache
 from tartvg.policy.features import FeatureCache, VideoFeatures, video_key
-from tartvg.policy.head import never_sampled, token_bias
+from tartvg.policy.head import compute_in_float32, never_sampled, token_bias
 from tartvg.policy.inputs import PromptInputs, clip_patches, encode_prompt
 from tartvg.policy.kv_cache import CAUSAL, DecodeCache, PrefixCache
 from tartvg.policy.loading import ADAPTER, REFERENCE, load_adapter, load_base, new_adapter
@@ -120,6 +120,10 @@ class Policy(torch.nn.Module):
         self.banned = list(ids)
         bias = token_bias(self.banned, len(self.tokenizer), self.core.lm_head.out_features, self.device)
         self.register_buffer("token_bias", bias, persistent=False)
+
+    def compute_logits_in_float32(self) -> None:
+        """Do so while sampling and in every pass, for more than one update per batch."""
+        compute_in_float32(self.core.lm_head)
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 
