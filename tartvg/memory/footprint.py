@@ -23,9 +23,11 @@ from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from tartvg.config import FramesConfig, PolicyConfig
+from tartvg.config import FramesConfig, PolicyConfig, SamplingConfig
 from tartvg.data.video import FACTOR, TEMPORAL_PATCH, target_size
-from tartvg.policy.kv_cache import SHARED_PREFIX_ATTENTION, DecodeCache, attending_by
+from tartvg.policy.decode_layers import DecodePass
+from tartvg.policy.decoding import Decoding, Rows
+from tartvg.policy.kv_cache import DecodeCache
 from tartvg.policy.loading import DTYPES, base_path, new_adapter, read_config
 from tartvg.policy.model_files import check_small_files
 from tartvg.policy.policy import Policy, TokenBatch
@@ -149,9 +151,9 @@ class ShapePolicy(Policy):
             self.model = new_adapter(base.eval(), settings.lora, 0)
         self._core = [base]
         self.timer = PhaseTimer()
-        self.banned = [0]
         self.vocabulary = int(config.get_text_config().vocab_size)
         self.tokenizer = range(self.vocabulary)
+        self.ban([0])
 
     def become_fake(self) -> None:
         """Give every weight and buffer a CPU tensor of the current FakeTensorMode; shared ones stay shared."""
@@ -304,14 +306,15 @@ def _sample(policy: ShapePolicy, load: Load) -> Iterator[None]:
     with torch.no_grad():
         filled = [policy._prefill(_prepared(load)) for _ in range(num_prompts)]
         yield
-        cache = DecodeCache([c for c, _ in filled], load.group_size, load.new_tokens)
+        cache = DecodeCache([c for c, _ in filled], load.group_size, load.new_tokens, load.new_tokens)
         del filled
         yield
-        cache.length = load.new_tokens - 1
-        with attending_by(policy.language_model, SHARED_PREFIX_ATTENTION):
-            ids = torch.zeros(num_prompts * load.group_size, dtype=torch.long)
-            logits = policy._logits(policy._decode_one(ids, ids, cache)[:, 0])
-        logits.log_softmax(dim=-1)
+        rows, ones = num_prompts * load.group_size, torch.ones(num_prompts * load.group_size, dtype=torch.long)
+        written = Rows.begin(ones, torch.ones(rows, 1), torch.zeros(rows, load.new_tokens, dtype=torch.float64))
+        decoding = Decoding(
+            DecodePass(policy.language_model), policy._logits, cache, written, SamplingConfig(), ones[:1], False, True
+        )
+        decoding.step()
 
 
 def _update(policy: ShapePolicy, load: Load) -> Iterator[None]:

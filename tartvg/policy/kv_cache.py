@@ -1,7 +1,7 @@
-"""Key/value caches that let G completions hang on one prompt, and the attention that reads them.
+"""Key/value caches that let G completions hang on one prompt.
 
-Legend: P prompts, G rollouts per prompt, R = P * G rows, H query heads, K key/value heads, D head width,
-L prompt length (padded to the longest), T completion length.
+Legend: P prompts, G rollouts per prompt, R = P * G rows, K key/value heads, D head width,
+L prompt length (padded to the longest), T completion length, or places for one.
 
 The three caches are the `past_key_values` of the library's decoder layers, which call `update` and attend to what it
 returns. None of them copies the prompt G times while sampling.
@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-SHARED_PREFIX_ATTENTION = "tartvg_shared_prefix"
 CAUSAL: dict[str, Tensor | None] = {"full_attention": None}
 """Mask of a plain causal pass; our own dict keeps the library from building one."""
+
+
+PADDED_TO = 8
+"""Places for keys behind a bias come in multiples of this: a CUDA kernel reads 16 bytes of the bias at a time."""
 
 
 class PrefixCache:
@@ -60,93 +62,83 @@ class ExpandedCache:
 
 
 class DecodeCache:
-    """P prompts, each stored once, and the growing completions of R = P * G rows.
+    """P prompts, each stored once, and the growing completions of R = P * G rows, which stay where they are.
 
-    Prompts of different lengths are padded at the end; `prefix_bias` (P, 1, 1, L) is 0 or -inf.
+    Prompts of different lengths are padded at the end, and `prefix_bias` (P, 1, 1, L) is 0 or -inf; it is None where
+    all are equally long. A completion has `num_places` for its tokens; `own_bias` (1, 1, 1, T) hides those behind the
+    last one. `grow` adds up to `bucket` of them.
     """
 
-    def __init__(self, prefixes: Sequence[PrefixCache], group_size: int, max_new_tokens: int) -> None:
+    def __init__(self, prefixes: Sequence[PrefixCache], group_size: int, max_new_tokens: int, bucket: int) -> None:
         lengths = [p.get_seq_length() for p in prefixes]
-        longest = max(lengths)
+        is_ragged = len(set(lengths)) > 1
+        longest = _padded(max(lengths)) if is_ragged else lengths[0]
         self.group_size = group_size
-        self.max_new_tokens = max_new_tokens
+        self.most_places, self.bucket = _padded(max_new_tokens), _padded(bucket)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for layer in range(len(prefixes[0].keys)):
             self.keys.append(_stack([p.keys[layer] for p in prefixes], longest))
             self.values.append(_stack([p.values[layer] for p in prefixes], longest))
         first = self.keys[0]
-        used = torch.arange(longest, device=first.device) < torch.tensor(lengths, device=first.device)[:, None]
-        self.prefix_bias = torch.zeros(used.shape, dtype=first.dtype, device=first.device)
-        self.prefix_bias.masked_fill_(~used, float("-inf"))
-        self.prefix_bias = self.prefix_bias[:, None, None, :]
+        self.prefix_bias: Tensor | None = None
+        if is_ragged:
+            used = torch.arange(longest, device=first.device) < torch.tensor(lengths, device=first.device)[:, None]
+            bias = torch.zeros(used.shape, dtype=first.dtype, device=first.device)
+            self.prefix_bias = bias.masked_fill_(~used, float("-inf"))[:, None, None, :]
         rows, heads, width = len(prefixes) * group_size, first.shape[1], first.shape[3]
-        shape = (rows, heads, max_new_tokens, width)
-        self.new_keys = [first.new_empty(shape) for _ in self.keys]
-        self.new_values = [first.new_empty(shape) for _ in self.keys]
-        self.length = 0
+        self.num_places = min(self.bucket, self.most_places)
+        shape = (rows, heads, self.num_places, width)
+        # Zeros, not whatever was in memory: a weight of 0 times NaN is NaN.
+        self.new_keys = [first.new_zeros(shape) for _ in self.keys]
+        self.new_values = [first.new_zeros(shape) for _ in self.keys]
+        self.place = torch.zeros(1, dtype=torch.long, device=first.device)
+        self.own_bias: Tensor | None = None
+
+    def open(self, place: Tensor) -> None:
+        """Let the next pass write its tokens to that place, int64 (1,), and see all up to there."""
+        keys = self.new_keys[0]
+        is_later = torch.arange(self.num_places, device=keys.device) > place
+        bias = torch.zeros(self.num_places, dtype=keys.dtype, device=keys.device)
+        self.place, self.own_bias = place, bias.masked_fill_(is_later, float("-inf"))[None, None, None]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append one token per row, (R, K, 1, D); returns the completions so far, (R, K, t, D)."""
-        self.new_keys[layer][:, :, self.length] = keys[:, :, 0]
-        self.new_values[layer][:, :, self.length] = values[:, :, 0]
-        end = self.length + 1
-        return self.new_keys[layer][:, :, :end], self.new_values[layer][:, :, :end]
+        """Write one token per row, (R, K, 1, D); returns all places, (R, K, T, D)."""
+        self.new_keys[layer].index_copy_(2, self.place, keys)
+        self.new_values[layer].index_copy_(2, self.place, values)
+        return self.new_keys[layer], self.new_values[layer]
 
     def get_seq_length(self, *_: Any) -> int:
-        """Prompt and completion tokens."""
-        return int(self.keys[0].shape[2]) + self.length
+        """Prompt tokens and places."""
+        return int(self.keys[0].shape[2]) + self.num_places
 
-    def keep(self, prompts: Tensor) -> None:
-        """Drop all rows of the prompts whose index is not in `prompts` (all their rows have ended)."""
+    def grow(self) -> None:
+        """Add places behind the ones that are there."""
+        more = min(self.bucket, self.most_places - self.num_places)
+        self.num_places += more
+        for tensors in (self.new_keys, self.new_values):
+            for layer, held in enumerate(tensors):
+                tensors[layer] = torch.nn.functional.pad(held, (0, 0, 0, more))
+
+    def keep(self, prompts: Tensor) -> Tensor:
+        """Drop all rows of the prompts whose index is not in `prompts`; returns the indices of the others' rows."""
         rows = (prompts[:, None] * self.group_size + torch.arange(self.group_size, device=prompts.device)).flatten()
-        self.prefix_bias = self.prefix_bias[prompts]
+        if self.prefix_bias is not None:
+            self.prefix_bias = self.prefix_bias[prompts]
         for layer in range(len(self.keys)):
             self.keys[layer] = self.keys[layer][prompts]
             self.values[layer] = self.values[layer][prompts]
             self.new_keys[layer] = self.new_keys[layer][rows]
             self.new_values[layer] = self.new_values[layer][rows]
+        return rows
+
+
+def _padded(length: int) -> int:
+    return -(-length // PADDED_TO) * PADDED_TO
 
 
 def _stack(tensors: Sequence[Tensor], longest: int) -> Tensor:
     return torch.cat([torch.nn.functional.pad(t, (0, 0, 0, longest - t.shape[2])) for t in tensors])
-
-
-def shared_prefix_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    shared: DecodeCache,
-    **__: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one new token per row to its prompt (stored once for its group) and to its own completion.
-
-    query (R, H, 1, D); key, value (R, K, t, D). One softmax over both parts, so the result is the one that a full
-    cache gives. Returns (R, 1, H, D).
-    """
-    rows, heads, _, width = query.shape
-    kv_heads, repeats, group = key.shape[1], heads // key.shape[1], shared.group_size
-    prompts = rows // group
-    by_row = query.view(rows, kv_heads, repeats, width) * scaling
-    by_prompt = by_row.view(prompts, group, kv_heads, repeats, width).transpose(1, 2)
-    flat = by_prompt.reshape(prompts, kv_heads, group * repeats, width)
-    before = flat @ shared.keys[module.layer_idx].transpose(2, 3) + shared.prefix_bias
-    own = (by_row @ key.transpose(2, 3)).view(prompts, group, kv_heads, repeats, -1).transpose(1, 2)
-    own = own.reshape(prompts, kv_heads, group * repeats, -1)
-    weights = torch.softmax(torch.cat([before, own], dim=-1), dim=-1, dtype=torch.float32).to(query.dtype)
-    length = before.shape[-1]
-    from_prompt = weights[..., :length] @ shared.values[module.layer_idx]
-    from_prompt = from_prompt.view(prompts, kv_heads, group, repeats, width).transpose(1, 2)
-    own_weights = weights[..., length:].view(prompts, kv_heads, group, repeats, -1).transpose(1, 2)
-    from_own = own_weights.reshape(rows, kv_heads, repeats, -1) @ value
-    out = from_prompt.reshape(rows, heads, width) + from_own.reshape(rows, heads, width)
-    return out[:, None], None
-
-
-ALL_ATTENTION_FUNCTIONS.register(SHARED_PREFIX_ATTENTION, shared_prefix_attention)
 
 
 @contextmanager

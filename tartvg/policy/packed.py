@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tartvg.policy.kv_cache import attending_by
-from tartvg.policy.prefix_attention import is_exact, joined_attention, suffix_mask
+from tartvg.policy.prefix_attention import can_join, joined_attention, suffix_mask
 
 PACKED_ATTENTION = "tartvg_packed"
 
@@ -95,7 +95,7 @@ def packed_states(
     """
     (group, own, width), before = rows.shape, prompt.shape[1]
     num_rows = group if own else 0
-    is_joined = is_exact(rows.device, rows.dtype)  # asked out here: a layer that is run again must do the same again
+    is_joined = can_join(language_model, rows)  # asked out here: a layer that is run again must do the same again
     mask = None if is_joined else suffix_mask(before, own, attention, rows.device)
     packing = Packing(before, num_rows, own, attention, is_joined, mask)
     hidden = torch.cat([prompt, rows.reshape(1, group * own, width)], dim=1)

@@ -19,19 +19,18 @@ from torch.utils.checkpoint import checkpoint
 from tartvg.config import PolicyConfig, SamplingConfig
 from tartvg.data.clips import ClipReader
 from tartvg.data.video import Clip
+from tartvg.policy.decoding import decode, pace_of
 from tartvg.policy.disk_cache import DiskCache, disk_cache
 from tartvg.policy.features import FeatureCache, VideoFeatures, video_key
+from tartvg.policy.head import compute_in_float32, never_sampled, token_bias
 from tartvg.policy.inputs import PromptInputs, clip_patches, encode_prompt
-from tartvg.policy.kv_cache import CAUSAL, SHARED_PREFIX_ATTENTION, DecodeCache, PrefixCache, attending_by
+from tartvg.policy.kv_cache import CAUSAL, DecodeCache, PrefixCache
 from tartvg.policy.loading import ADAPTER, REFERENCE, load_adapter, load_base, new_adapter
 from tartvg.policy.packed import packed_states
 from tartvg.policy.prefix_attention import suffix_states
-from tartvg.policy.sampling import draw, generators, restrict, uniforms
 from tartvg.policy.torch_setup import eval_mode
 from tartvg.timing import PhaseTimer
 from tartvg.types import Completion, GroundingSample, Prompt
-
-NEVER_SAMPLED = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,8 @@ class Policy(torch.nn.Module):
     """Inside `lockstep`: how often each call of `logps` calls the output head; 0 outside."""
     fits_whole: Callable[[int, int], bool] | None = None
     """For `activation_checkpointing: auto`: whether so many prompt and completion tokens fit; None: they never do."""
+    token_bias: Tensor
+    """float32 (V,), added to logits: -inf for what the policy may never say."""
 
     def __init__(self, settings: PolicyConfig, adapter: Path | None = None, seed: int = 0) -> None:
         super().__init__()
@@ -92,17 +93,15 @@ class Policy(torch.nn.Module):
         )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError("the policy has no trainable parameter: the adapter was loaded frozen")
-        core: Any = self.model.get_base_model()
-        self._core: list[Any] = [core]  # in a list: a module must not be registered twice
+        self._core: list[Any] = [self.model.get_base_model()]  # in a list: a module must not be registered twice
         self.cache = FeatureCache(settings.feature_cache_gib)
         self.disk = self._disk_cache()
         self.clips = ClipReader()
         self.timer = PhaseTimer()
-        banned = [self.tokenizer.convert_tokens_to_ids(t) for t in NEVER_SAMPLED]
-        self.banned = [b for b in banned if b is not None and b != self.tokenizer.unk_token_id]
+        self.ban(never_sampled(self.tokenizer))
         self.end_id = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
         self.end_ids = {self.end_id, int(self.tokenizer.convert_tokens_to_ids("<|endoftext|>"))}
-        self.tokens_per_second = float(core.config.vision_config.tokens_per_second)
+        self.tokens_per_second = float(self.core.config.vision_config.tokens_per_second)
 
     @property
     def core(self) -> Any:
@@ -118,6 +117,16 @@ class Policy(torch.nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    def ban(self, ids: Sequence[int]) -> None:
+        """Never say these tokens, nor any that the tokenizer has no word for."""
+        self.banned = list(ids)
+        bias = token_bias(self.banned, len(self.tokenizer), self.core.lm_head.out_features, self.device)
+        self.register_buffer("token_bias", bias, persistent=False)
+
+    def compute_logits_in_float32(self) -> None:
+        """Do so while sampling and in every pass, for more than one update per batch."""
+        compute_in_float32(self.core.lm_head)
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 
@@ -207,81 +216,34 @@ class Policy(torch.nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[PreparedPrompt], group_size: int, settings: SamplingConfig, seeds: Sequence[int]
-    ) -> list[list[Completion]]:
+        self, prompts: Sequence[PreparedPrompt], group_size: int, settings: SamplingConfig, seeds: Sequence[int],
+        num_greedy: int = 0,
+    ) -> list[list[Completion]]:  # fmt: skip
         """G completions of each prompt; each prompt is prefilled once. Temperature 0 is greedy.
 
-        `seeds` has one number per prompt: a group depends on its own seed only, not on its neighbours.
+        `seeds` has one number per prompt: a group depends on its own seed only, not on its neighbours. Before the G
+        come `num_greedy` greedy ones, from the same prefill.
         """
         with self.timer("sample"), eval_mode(self):
             filled = [self._prefill(p) for p in prompts]
-            hidden = torch.cat([h for _, h in filled]).repeat_interleave(group_size, dim=0)
-            cache = DecodeCache([c for c, _ in filled], group_size, settings.max_new_tokens)
-            del filled
-            with attending_by(self.language_model, SHARED_PREFIX_ATTENTION):
-                return self._decode(prompts, cache, hidden, group_size, settings, seeds)
+            hidden, bucket = torch.cat([last[:, 0] for _, last in filled]), pace_of(self.device).bucket
+            rows = num_greedy + group_size
+            cache = DecodeCache([prefix for prefix, _ in filled], rows, settings.max_new_tokens, bucket)
+            del filled  # every prompt has been copied
+            start = [p.inputs.next_position for p in prompts]
+            said = decode(
+                self.language_model, self._logits, cache, hidden, start, settings, seeds, self.end_ids, num_greedy
+            )
+        return [[self._completion(*row) for row in group] for group in said]
 
-    def _decode(
-        self, prompts: Sequence[PreparedPrompt], cache: DecodeCache, hidden: Tensor, group_size: int,
-        settings: SamplingConfig, seeds: Sequence[int],
-    ) -> list[list[Completion]]:  # fmt: skip
-        rows = len(prompts) * group_size
-        tokens: list[list[int]] = [[] for _ in range(rows)]
-        logps: list[list[float]] = [[] for _ in range(rows)]
-        has_ended = [False] * rows
-        live = list(range(len(prompts)))
-        streams = generators(seeds)
-        start = torch.tensor([p.inputs.next_position for p in prompts], device=self.device)
-        while cache.length < settings.max_new_tokens:
-            logits = self._logits(hidden[:, 0])
-            if settings.temperature == 0:
-                chosen = logits.argmax(dim=-1)
-            else:
-                numbers = uniforms([streams[p] for p in live], group_size).to(self.device)
-                chosen = draw(restrict(logits, settings), numbers)
-            scale = settings.temperature or 1.0
-            picked = (logits / scale).log_softmax(dim=-1).gather(-1, chosen[:, None])[:, 0]
-            row_of = [p * group_size + g for p in live for g in range(group_size)]
-            for row, token, logp in zip(row_of, chosen.tolist(), picked.tolist(), strict=True):
-                if not has_ended[row]:
-                    tokens[row].append(token)
-                    logps[row].append(logp)
-                    has_ended[row] = token in self.end_ids
-            keep = [i for i, p in enumerate(live) if not all(has_ended[p * group_size : (p + 1) * group_size])]
-            if not keep or cache.length + 1 == settings.max_new_tokens:
-                break
-            if len(keep) < len(live):
-                index = torch.tensor(keep, device=self.device)
-                cache.keep(index)
-                chosen = chosen.view(-1, group_size)[index].flatten()
-                start = start[index]
-                live = [live[i] for i in keep]
-            hidden = self._decode_one(chosen, start.repeat_interleave(group_size) + cache.length, cache)
-        done = [
-            Completion(self.tokenizer.decode(t, skip_special_tokens=True), tuple(t), tuple(p), ended)
-            for t, p, ended in zip(tokens, logps, has_ended, strict=True)
-        ]
-        return [done[p * group_size : (p + 1) * group_size] for p in range(len(prompts))]
-
-    def _decode_one(self, ids: Tensor, positions: Tensor, cache: DecodeCache) -> Tensor:
-        """Feed one token per row, (R,); returns its hidden state, (R, 1, hidden)."""
-        out = self.language_model(
-            inputs_embeds=self.language_model.embed_tokens(ids)[:, None],
-            position_ids=positions[None, :, None].expand(3, -1, -1),
-            attention_mask=CAUSAL,
-            past_key_values=cache,
-            use_cache=True,
-            shared=cache,
-        )
-        cache.length += 1
-        return out.last_hidden_state
+    def _completion(self, ids: list[int], logps: list[float]) -> Completion:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return Completion(text, tuple(ids), tuple(logps), ids[-1] in self.end_ids)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """float32 logits of (..., hidden) states; tokens that a policy may never say are at -inf."""
-        logits = self.core.lm_head(hidden).float()
-        logits[..., self.banned] = float("-inf")
-        logits[..., len(self.tokenizer) :] = float("-inf")  # released heads have more rows than the tokenizer words
-        return logits
+        logits: Tensor = self.core.lm_head(hidden).float()
+        return logits.add_(self.token_bias)
 
     # -- log-probabilities -------------------------------------------------------------------------------------------
 

@@ -161,35 +161,58 @@ def copied_attention(
 
 
 @lru_cache(maxsize=8)
-def is_exact(device: torch.device, dtype: torch.dtype) -> bool:
+def is_exact(device: torch.device, dtype: torch.dtype, width: int, repeats: int) -> bool:
     """Whether joined attention runs here and agrees with attention over copies, in values and gradients.
 
-    Agreement is to 1e-5 (float32) or 2e-2 (16 bits) of the largest number. Asked once per device and type, with real
-    numbers also where the caller's have none (`tartvg.memory.footprint`).
+    Agreement is to 1e-5 (float32) or 2e-2 (16 bits) of the largest number, for heads of that width of which `repeats`
+    read the same key. Asked once per device, type and shape, with real numbers also where the caller's have none
+    (`tartvg.memory.footprint`). Says why where the answer is no.
     """
-    if device.type not in KERNELS:
-        return False
     with _disable_current_modes(), torch.enable_grad():
-        return _agrees(device, dtype)
+        reason = _why_not(device, dtype, width, repeats)
+    if reason is not None:
+        announce("completions attend to copies of their prompt, which takes time and memory", device, dtype, reason)
+    return reason is None
 
 
-def _agrees(device: torch.device, dtype: torch.dtype) -> bool:
+NO_KERNEL = "torch has no such kernel there"
+
+
+def announce(what: str, device: torch.device, dtype: torch.dtype, reason: str) -> None:
+    """Print that a slower way is taken, and why."""
+    where = f"attention on {device.type} in {str(dtype).removeprefix('torch.')}"
+    print(f"{where}: {what}, as the fused kernel is not used: {reason}")
+
+
+def can_join(language_model: Any, states: Tensor) -> bool:
+    """`is_exact` for the heads of this model, where `states` are."""
+    config = language_model.config
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return is_exact(states.device, states.dtype, width, heads // config.num_key_value_heads)
+
+
+def _why_not(device: torch.device, dtype: torch.dtype, width: int, repeats: int) -> str | None:
+    if device.type not in KERNELS:
+        return NO_KERNEL
     generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 4, 5, 64), (1, 2, 33, 64), (1, 2, 33, 64), (3, 2, 5, 64), (3, 2, 5, 64), (3, 4, 5, 64)]
-    *inputs, weight = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
+    rows, prompt, own = (3, 2 * repeats, 5, width), (1, 2, 33, width), (3, 2, 5, width)
+    shapes = [rows, prompt, prompt, own, own, rows]
     found = []
-    for attend in (joined_attention, copied_attention):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        query, prompt_key, prompt_value, key, value = leaves
-        try:
-            out = attend(query, prompt_key, prompt_value, key, value, 0.125)
-            found.append([out, *torch.autograd.grad((out * weight).sum(), leaves)])
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, TypeError, ValueError, AttributeError):
-            return False  # another version of torch, or a device without such a kernel
+    try:
+        *inputs, weight = (torch.randn(s, generator=generator).to(device, dtype) for s in shapes)
+        for attend in (joined_attention, copied_attention):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            query, prompt_key, prompt_value, key, value = leaves
+            out = attend(query, prompt_key, prompt_value, key, value, width**-0.5)
+            found.append([out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)])
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]  # another version of torch, or no such kernel
     bound = 1e-5 if dtype == torch.float32 else 2e-2
-    return all(bool((a - b).abs().max() <= bound * b.abs().max()) for a, b in zip(*found, strict=True))
+    gaps = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True)]
+    return None if all(gap <= bound for gap in gaps) else f"it is off by {max(gaps):.1e}"
 
 
 def prefix_attention(
@@ -224,10 +247,10 @@ def suffix_states(language_model: Any, rows: Tensor, steps: Tensor, prefix: Pref
     """Hidden states (G, T, hidden) of G completions behind the prompt in `prefix`.
 
     rows (G, T, hidden) are embeddings and steps (T,) their positions, the same for all. `attention` names the library's
-    implementation, for where `is_exact` does not hold.
+    implementation, for where `can_join` does not hold.
     """
     positions = steps.expand(3, rows.shape[0], -1)
-    if is_exact(rows.device, rows.dtype):
+    if can_join(language_model, rows):
         with attending_by(language_model, PREFIX_ATTENTION):
             out = language_model(
                 inputs_embeds=rows,

@@ -1,6 +1,6 @@
 """Drawing completions: every prompt is prefilled once, and its G rows share what was computed.
 
-Legend: P prompts, G rollouts per prompt, R = P * G rows, V vocabulary.
+Legend: P prompts, G rollouts per prompt, R = P * G rows, T tokens of a completion, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from tartvg.config import SamplingConfig
 
 
 def restrict(logits: Tensor, settings: SamplingConfig) -> Tensor:
-    """Probabilities after temperature, top-k and top-p: (R, V) -> (R, V), rows sum to 1.
+    """Probabilities after top-k and top-p: (R, V) -> (R, V), rows sum to 1. `logits` are divided by the temperature.
 
     top-k keeps the k most likely tokens (ties at the border are all kept); top-p keeps the smallest set of most likely
     tokens whose probability reaches p (Holtzman et al. 2020).
     """
-    logits = logits / settings.temperature
     if 0 < settings.top_k < logits.shape[-1]:
         border = logits.topk(settings.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < border, float("-inf"))
@@ -48,14 +47,13 @@ def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     return torch.minimum(token, last)
 
 
-def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One random stream per prompt."""
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+def uniforms(seeds: Sequence[int], group_size: int, num_tokens: int) -> Tensor:
+    """The random numbers of all rows and tokens: float64 (P, G, T) in [0, 1).
 
-
-def uniforms(streams: Sequence[torch.Generator], group_size: int) -> Tensor:
-    """The next number of every row: float64 (P * G,)."""
-    return torch.cat([torch.rand(group_size, generator=s, dtype=torch.float64) for s in streams])
+    Each prompt has a stream of its own, which gives its rows one number each, token after token.
+    """
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(num_tokens, group_size, generator=s, dtype=torch.float64).t() for s in streams])
 
 
 def greedy(settings: SamplingConfig) -> SamplingConfig:

@@ -77,6 +77,8 @@ class GrpoModule(StepModule):
         self.rubric = rubric
         self.anchors = anchors
         self.loss_settings = LossSettings.from_config(settings)
+        if settings.num_iterations > 1:  # with one update the ratio is exactly 1, whatever rounds
+            policy.compute_logits_in_float32()
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
         """Collect experience: everything without gradient."""

@@ -16,3 +16,20 @@ def tiny_policy(base):
 
     frames = FramesConfig(min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
     return Policy(PolicyConfig(name="t", path=str(base), frames=frames), seed=0)
+
+
+def prepared(policy, *texts):
+    """Prompts of different lengths, each on its own four random frames."""
+    from pathlib import Path
+
+    import numpy as np
+
+    from tartvg.data.video import Clip
+    from tartvg.types import GroundingSample, Prompt, Span
+
+    made = []
+    for seed, text in enumerate(texts):
+        frames = np.random.default_rng(seed).integers(0, 256, (4, 28, 28, 3)).astype(np.uint8)
+        sample = GroundingSample(str(seed), Path("absent.mp4"), text, (Span(0, 1),), 2.0, "train")
+        made.append(policy.prepare(Prompt(sample, text), Clip(frames, (0.0, 0.5, 1.0, 1.5), 2.0)))
+    return made

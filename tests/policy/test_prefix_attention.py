@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tartvg.config import SamplingConfig
-from tartvg.policy import packed, prefix_attention
+from tartvg.policy import prefix_attention
 from tartvg.policy.policy import token_batch
-from tartvg.policy.prefix_attention import copied_attention, is_exact, joined_attention
+from tartvg.policy.prefix_attention import can_join, copied_attention, is_exact, joined_attention
 
 CPU = torch.device("cpu")
 
@@ -55,9 +55,13 @@ def test_a_query_that_only_sees_its_own_token_gets_its_value():
     assert torch.allclose(prompt, prompt_value.mean(dim=2, keepdim=True).expand_as(prompt), atol=1e-6)
 
 
-def test_kernels_are_used_where_they_agree_only(monkeypatch):
-    assert is_exact(CPU, torch.float32) and is_exact(CPU, torch.bfloat16)
-    assert not is_exact(torch.device("meta"), torch.float32)
+@pytest.mark.parametrize(("width", "repeats"), [(64, 2), (128, 7), (128, 8), (32, 1)])
+def test_kernels_agree_at_the_widths_and_head_ratios_of_our_policies(width, repeats):
+    assert is_exact(CPU, torch.float32, width, repeats) and is_exact(CPU, torch.bfloat16, width, repeats)
+
+
+@pytest.mark.parametrize("fault", ["wrong", "missing"])
+def test_kernels_are_used_where_they_agree_only_and_the_reason_is_said_once(monkeypatch, capsys, fault):
     forward, backward = prefix_attention.KERNELS["cpu"]
 
     def wrong(*args):
@@ -65,13 +69,30 @@ def test_kernels_are_used_where_they_agree_only(monkeypatch):
         return of_query, of_key * 1.001, of_value
 
     def missing(*args):
-        raise AttributeError("no such kernel")
+        raise AttributeError("no such kernel\nand more about it")
 
-    for kernels in ((forward, wrong), (missing, backward)):
-        monkeypatch.setitem(prefix_attention.KERNELS, "cpu", kernels)
-        is_exact.cache_clear()
-        assert not is_exact(CPU, torch.float32)
+    reason = {"wrong": "it is off by 1", "missing": "AttributeError: no such kernel\n"}[fault]
+    monkeypatch.setitem(prefix_attention.KERNELS, "cpu", (forward, wrong) if fault == "wrong" else (missing, backward))
     is_exact.cache_clear()
+    assert not any(is_exact(CPU, torch.float32, 64, 2) for _ in range(3))
+    is_exact.cache_clear()
+    said = capsys.readouterr().out
+    assert said.count("attention on cpu in float32: completions attend to copies of their prompt") == 1
+    assert reason in said and len(said.splitlines()) == 1
+
+
+def test_a_device_without_kernels_is_named(capsys):
+    assert not is_exact(torch.device("meta"), torch.float32, 64, 2)
+    assert "attention on meta" in capsys.readouterr().out
+
+
+def test_the_question_is_about_the_policys_own_heads(policy, monkeypatch):
+    asked = []
+    monkeypatch.setattr(prefix_attention, "is_exact", lambda *args: asked.append(args))
+    attention, heads = policy.language_model.layers[0].self_attn, policy.language_model.config.num_attention_heads
+    can_join(policy.language_model, torch.zeros(1))
+    assert asked == [(CPU, torch.float32, attention.head_dim, attention.num_key_value_groups)]
+    assert heads > attention.num_key_value_groups
 
 
 @pytest.mark.parametrize("is_saving", [False, True])
@@ -82,8 +103,7 @@ def test_without_the_kernels_the_numbers_are_the_same(policy, prompts, monkeypat
     batch = token_batch(policy.sample([item], 3, SamplingConfig(max_new_tokens=9), [1])[0], policy.device)
     found = []
     for is_joined in (True, False):
-        for module in (prefix_attention, packed):  # packed asks under a name of its own
-            monkeypatch.setattr(module, "is_exact", lambda *_, is_joined=is_joined: is_joined)
+        monkeypatch.setattr(prefix_attention, "is_exact", lambda *_, is_joined=is_joined: is_joined)
         logps = policy.logps(item, batch)
         policy.zero_grad()
         logps.sum().backward()

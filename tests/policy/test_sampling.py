@@ -3,21 +3,19 @@
 import math
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.policies import prepared
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tartvg.config import PolicyConfig, SamplingConfig
-from tartvg.data.video import Clip
 from tartvg.policy.policy import Policy
-from tartvg.policy.sampling import draw, generators, restrict, uniforms
-from tartvg.types import GroundingSample, Prompt, Span
+from tartvg.policy.sampling import draw, restrict, uniforms
 
 INF = float("inf")
 LOGITS = st.lists(st.one_of(st.floats(-8, 8, width=32), st.just(-INF)), min_size=2, max_size=12)
@@ -52,7 +50,7 @@ def test_restrict_follows_the_definition(logits, temperature, top_k, top_p):
     assume(all(b == a or b - a > 1e-4 for a, b in pairwise(finite)))
     expected = definition(logits, temperature, top_k, top_p)
     assume(expected is not None)
-    ours = restrict(torch.tensor([logits]), SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p))[0]
+    ours = restrict(torch.tensor([logits]) / temperature, SamplingConfig(top_k=top_k, top_p=top_p))[0]
     assert torch.allclose(ours, torch.tensor(expected), atol=1e-5)
     assert float(ours.sum()) == pytest.approx(1, abs=1e-5)
 
@@ -60,8 +58,8 @@ def test_restrict_follows_the_definition(logits, temperature, top_k, top_p):
 def test_restrict_by_hand():
     logits = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
 
-    def kept(**limits):
-        return [round(p, 4) for p in restrict(logits, SamplingConfig(**limits))[0].tolist()]
+    def kept(temperature=1.0, **limits):
+        return [round(p, 4) for p in restrict(logits / temperature, SamplingConfig(**limits))[0].tolist()]
 
     assert kept() == [0.5, 0.25, 0.125, 0.125]
     assert kept(temperature=0.5) == [round(p / 0.34375, 4) for p in (0.25, 0.0625, 0.015625, 0.015625)]
@@ -83,7 +81,7 @@ def test_restrict_equals_the_librarys_processors(temperature, top_k, top_p):
         theirs = TopKLogitsWarper(top_k)(None, theirs)
     if top_p < 1:
         theirs = TopPLogitsWarper(top_p)(None, theirs)
-    ours = restrict(logits, SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p))
+    ours = restrict(logits / temperature, SamplingConfig(top_k=top_k, top_p=top_p))
     assert torch.allclose(ours, theirs.softmax(dim=-1), atol=1e-6)
 
 
@@ -94,10 +92,10 @@ def test_restrict_equals_the_librarys_processors(temperature, top_k, top_p):
 def test_frequencies_of_1e5_draws(temperature, top_k, top_p):
     count = 100_000
     logits = 2 * np.random.default_rng(1).standard_normal(40)
-    limits = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+    limits = SamplingConfig(top_k=top_k, top_p=top_p)
     expected = definition(logits.tolist(), temperature, top_k, top_p)
-    probabilities = restrict(torch.tensor(logits, dtype=torch.float32)[None], limits)
-    tokens = draw(probabilities.expand(count, -1), uniforms(generators([5]), count))
+    probabilities = restrict(torch.tensor(logits, dtype=torch.float32)[None] / temperature, limits)
+    tokens = draw(probabilities.expand(count, -1), uniforms([5], count, 1).flatten())
     observed = np.bincount(tokens.numpy(), minlength=40)
     assert all(observed[t] == 0 for t in range(40) if expected[t] == 0)
     order = [t for t in np.argsort(expected)[::-1] if expected[t] > 0]
@@ -121,11 +119,18 @@ def test_a_draw_inverts_the_cumulative_distribution():
 
 def test_a_rows_token_depends_on_its_own_number_only():
     probabilities = torch.randn(6, 30, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)
-    numbers = uniforms(generators([1, 2]), 3)
+    numbers = uniforms([1, 2], 3, 1).flatten()
     together = draw(probabilities, numbers)
     alone = [int(draw(probabilities[i : i + 1], numbers[i : i + 1])) for i in range(6)]
     assert together.tolist() == alone
-    assert torch.equal(uniforms(generators([2]), 3), numbers[3:])
+    assert torch.equal(uniforms([2], 3, 1).flatten(), numbers[3:])
+
+
+def test_the_numbers_of_a_prompt_are_one_stream_token_after_token():
+    stream = torch.Generator().manual_seed(2)
+    one_by_one = [torch.rand(3, generator=stream, dtype=torch.float64) for _ in range(7)]
+    assert torch.equal(uniforms([1, 2], 3, 7)[1], torch.stack(one_by_one, dim=1))
+    assert torch.equal(uniforms([2], 3, 20)[:, :, :7], uniforms([2], 3, 7))
 
 
 # --- with a model
@@ -134,16 +139,6 @@ def test_a_rows_token_depends_on_its_own_number_only():
 @pytest.fixture
 def policy(untrained_base):
     return Policy(PolicyConfig(name="t", path=str(untrained_base)))
-
-
-def prepared(policy, *texts):
-    """Prompts of different lengths, each on its own four random frames."""
-    made = []
-    for seed, text in enumerate(texts):
-        frames = np.random.default_rng(seed).integers(0, 256, (4, 28, 28, 3)).astype(np.uint8)
-        sample = GroundingSample(str(seed), Path("absent.mp4"), text, (Span(0, 1),), 2.0, "train")
-        made.append(policy.prepare(Prompt(sample, text), Clip(frames, (0.0, 0.5, 1.0, 1.5), 2.0)))
-    return made
 
 
 def said(groups) -> Counter:
@@ -173,7 +168,8 @@ def test_forbidden_tokens_never_appear_even_if_the_head_wants_nothing_else(polic
 
 
 def test_without_the_ban_an_untrained_model_does_say_them(policy):
-    banned, policy.banned = set(policy.banned), []
+    banned = set(policy.banned)
+    policy.ban([])
     seen = said(policy.sample(prepared(policy, "a"), 100, SamplingConfig(max_new_tokens=20), [0]))
     assert seen.keys() & banned
 
@@ -188,9 +184,7 @@ def counted(policy, ends: float, texts, limits, group_size=3):
         return logits
 
     policy.core.lm_head.register_forward_hook(raised)
-    policy.language_model.register_forward_pre_hook(
-        lambda _, __, kwargs: calls.append(kwargs["inputs_embeds"].shape[0]), with_kwargs=True
-    )
+    policy.language_model.norm.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[0]))
     return policy.sample(prepared(policy, *texts), group_size, limits, list(range(len(texts)))), calls
 
 

@@ -11,9 +11,12 @@ from tartvg.config import (
     AnchorsConfig,
     GrpoConfig,
     LrDecay,
+    PolicyConfig,
+    Precision,
     RewardConfig,
     SftConfig,
 )
+from tartvg.policy.policy import Policy
 from tartvg.rewards import Rubric
 from tartvg.tracking import Tracker
 from tartvg.training.batches import StepDataset, step_indices
@@ -39,6 +42,15 @@ def test_steps_continue_where_they_stopped(prompts):
     assert rest[0].step == 4 and rest[0].prompts == whole[4].prompts
     loaded = list(whole)
     assert [batch.step for batch in loaded] == list(range(6))
+
+
+@pytest.mark.parametrize(("num_iterations", "dtype"), [(1, torch.bfloat16), (2, torch.float32)])
+def test_a_head_in_bf16_keeps_float32_where_a_batch_is_updated_again(untrained_base, tmp_path, num_iterations, dtype):
+    policy = Policy(PolicyConfig(name="t", path=str(untrained_base), precision=Precision.bf16))
+    settings = dataclasses.replace(GRPO, num_iterations=num_iterations)
+    make_grpo(policy, tmp_path, Rubric(RewardConfig(), AnchorsConfig()), settings)
+    hidden = torch.zeros(1, policy.language_model.config.hidden_size, dtype=torch.bfloat16)
+    assert policy.core.lm_head(hidden).dtype == dtype
 
 
 def recorded_losses(module):

@@ -56,7 +56,7 @@ class Bench:
     def policy(self) -> Policy:
         """A fresh policy; tokens that ours never says may count, as other engines do not know of them."""
         policy = build_policy(self.shape, self.base, device=self.device)
-        policy.banned = []
+        policy.ban([])
         return policy
 
     def group(self, policy: Policy, prompt: int, completion: int, size: int) -> Group:
