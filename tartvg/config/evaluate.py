@@ -31,16 +31,18 @@ class EvaluateConfig(Settings, path="evaluate"):
     """Score only the first so many queries; null: all."""
     temperature: float = setting(1.0, above=0)
     """Of the sampled completions."""
-    num_shards: int = setting(1, at_least=1)
-    """Processes that share the batches. The results do not depend on it."""
+    num_shards: int | None = setting(None, at_least=1)
+    """Processes that share the batches; null: one for each of trainer.devices. The results do not depend on it."""
     shard: int | None = None
     """null: this command starts all of its shards on this machine. A number from 0: it works on that share alone, and
     whichever ends last puts the results together; for several nodes that see the same runs_dir."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        bound = f"null or from 0 to {self.num_shards - 1} (evaluate.num_shards - 1)"
-        require(self.shard is None or 0 <= self.shard < self.num_shards, "evaluate.shard", bound, self.shard)
+        if self.shard is not None:
+            require(self.num_shards is not None, "evaluate.num_shards", "a number with evaluate.shard", None)
+            bound = f"null or from 0 to {(self.num_shards or 1) - 1} (evaluate.num_shards - 1)"
+            require(0 <= self.shard < (self.num_shards or 1), "evaluate.shard", bound, self.shard)
 
 
 class ControlName(Enum):

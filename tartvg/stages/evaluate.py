@@ -21,14 +21,14 @@ from tartvg.evaluation.lengths import scores_by_length
 from tartvg.evaluation.score import ALL_THRESHOLDS, Conventions, score, scorecard_to_json
 from tartvg.evaluation.submission import submission
 from tartvg.policy.policy import Policy
-from tartvg.policy.sampling import greedy, stream_seed
+from tartvg.policy.sampling import stream_seed
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atomic, write_jsonl
 from tartvg.stages.common import adapter_of, base_identity, load_policy, prompts_of
 from tartvg.stages.controls import run_controls
 from tartvg.stages.folder import PATIENCE_S, StageFolder, fingerprint, run_dir
 from tartvg.stages.quiet import quiet_libraries
-from tartvg.stages.shards import are_complete, batch_files, helpers, is_orphan, missing_of
+from tartvg.stages.shards import are_complete, batch_files, helpers, is_orphan, missing_of, num_shards
 from tartvg.stages.shared import data_identity
 from tartvg.tracking import Tracker
 from tartvg.training.prefetch import Clips, clips_ahead, split, videos_of
@@ -72,7 +72,7 @@ def key_of(config: Config, adapter: Path | None) -> dict[str, Any]:
     return {
         "policy": config.policy, "dataset": config.dataset, "data": data_identity(config.dataset),
         "prompt": config.anchors.prompt, "target": config.anchors.count, "cap": config.anchors.max_count,
-        "evaluate": replace(config.evaluate, policies=[], num_shards=1, shard=None),
+        "evaluate": replace(config.evaluate, policies=[], num_shards=None, shard=None),
         "max_new_tokens": config.grpo.sampling.max_new_tokens, "base": base_identity(config), "seed": config.seed,
         "adapter": None if adapter is None else fingerprint(adapter), "threads": config.trainer.num_threads,
     }  # fmt: skip
@@ -100,14 +100,14 @@ def _batches(config: Config, folder: Path) -> list[Path]:
 
 
 def predict(config: Config, target: str, prompts: Sequence[Prompt], path: Path) -> None:
-    """Write the predictions of all prompts to `path`, with `evaluate.num_shards` processes.
+    """Write the predictions of all prompts to `path`, by all shards that this machine runs.
 
     The batches beside it are kept: whoever finishes the stage removes them.
     """
     folder = path.with_name(BATCHES)
     files = batch_files(folder, len(prompts), config.evaluate.batch_size)
     if not are_complete(files):
-        with helpers(work_on_shard, config, target, folder):
+        with helpers(work_on_shard, config, target, folder, len(files)):
             work_on_shard(config, target, folder, 0)
     write_atomic(path, "".join(file.read_text(encoding="utf-8") for file in files))
 
@@ -117,7 +117,7 @@ def work_on_shard(config: Config, target: str, folder: Path, shard: int, parent:
 
     Ends it as soon as `parent` is gone, where that process waits for the shard.
     """
-    prompts, size, count = prompts_to_score(config), config.evaluate.batch_size, config.evaluate.num_shards
+    prompts, size, count = prompts_to_score(config), config.evaluate.batch_size, num_shards(config)
     files = batch_files(folder, len(prompts), size)
     if not missing_of(files, shard, count):
         return
@@ -178,11 +178,8 @@ def _predict_batch(policy: Policy, prompts: Sequence[Prompt], clips: Clips, conf
         return []
     start = time.perf_counter()
     limits = SamplingConfig(config.evaluate.temperature, max_new_tokens=config.grpo.sampling.max_new_tokens)
-    answers = policy.sample(prepared, 1, greedy(limits), [0] * len(prepared))
-    if config.evaluate.num_samples:
-        seeds = [stream_seed(config.seed, "evaluate", p.prompt.sample.sample_id) for p in prepared]
-        sampled = policy.sample(prepared, config.evaluate.num_samples, limits, seeds)
-        answers = [[*a, *s] for a, s in zip(answers, sampled, strict=True)]
+    seeds = [stream_seed(config.seed, "evaluate", p.prompt.sample.sample_id) for p in prepared]
+    answers = policy.sample(prepared, config.evaluate.num_samples, limits, seeds, num_greedy=1)
     seconds = (time.perf_counter() - start) / sum(map(len, answers))
     return [
         prediction(item.prompt.sample, completion, index, seconds)

@@ -24,9 +24,9 @@ def batch_files(folder: Path, num_prompts: int, batch_size: int) -> list[Path]:
     return [folder / f"{start:06d}.jsonl" for start in range(0, num_prompts, batch_size)]
 
 
-def missing_of(files: Sequence[Path], shard: int, num_shards: int) -> list[int]:
-    """Numbers of the batches of one shard that are not there yet. A file that is there is whole."""
-    return [number for number in range(shard, len(files), num_shards) if not files[number].exists()]
+def missing_of(files: Sequence[Path], shard: int, count: int) -> list[int]:
+    """Numbers of the batches of one shard of `count` that are not there yet. A file that is there is whole."""
+    return [number for number in range(shard, len(files), count) if not files[number].exists()]
 
 
 def are_complete(files: Sequence[Path]) -> bool:
@@ -39,9 +39,14 @@ def is_orphan(parent: int | None) -> bool:
     return parent is not None and os.getppid() != parent
 
 
+def num_shards(config: Config) -> int:
+    """Processes that share the batches: one for each device of this machine, unless the user says how many."""
+    return config.evaluate.num_shards or config.trainer.devices
+
+
 @contextmanager
-def helpers(work: Work, config: Config, target: str, folder: Path) -> Iterator[None]:
-    """Run all shards but the first beside the block, and wait for them behind it.
+def helpers(work: Work, config: Config, target: str, folder: Path, num_batches: int) -> Iterator[None]:
+    """Run all shards but the first that have a batch beside the block, and wait for them behind it.
 
     Raises RuntimeError when one of them fails. What is done is kept, and the same command goes on from there.
     """
@@ -49,7 +54,7 @@ def helpers(work: Work, config: Config, target: str, folder: Path) -> Iterator[N
     context = multiprocessing.get_context("spawn")
     processes: list[SpawnProcess] = []
     try:
-        for shard in range(1, config.evaluate.num_shards):
+        for shard in range(1, min(num_shards(config), num_batches)):
             processes.append(context.Process(target=work, args=(config, target, folder, shard, os.getpid())))
             processes[-1].start()
         yield

@@ -20,7 +20,7 @@ from tartvg.evaluation.score import score
 from tartvg.evaluation.submission import submission
 from tartvg.records import to_json
 from tartvg.stages.evaluate import key_of, refuse_equal_labels
-from tartvg.stages.shards import are_complete, batch_files, missing_of
+from tartvg.stages.shards import are_complete, batch_files, missing_of, num_shards
 from tartvg.types import GroundingSample, Prediction, Span
 
 
@@ -85,6 +85,14 @@ def test_every_batch_belongs_to_one_shard(tmp_path: Path) -> None:
     for file in files:
         file.touch()
     assert are_complete(files)
+
+
+def test_there_are_as_many_shards_as_devices_unless_a_number_is_given() -> None:
+    assert num_shards(composed()) == 1
+    assert num_shards(composed("trainer=ddp", "trainer.devices=3")) == 3
+    assert num_shards(composed("trainer=ddp", "trainer.devices=3", "evaluate.num_shards=5")) == 5
+    with pytest.raises(SettingError, match=r"evaluate\.num_shards .* a number with evaluate\.shard"):
+        composed("evaluate.shard=0")
 
 
 def test_two_targets_never_share_a_place(tmp_path: Path) -> None:
