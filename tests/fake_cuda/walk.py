@@ -25,7 +25,8 @@ import tartvg
 from tartvg.config import LoraCompute, LoraConfig, PolicyConfig, Precision, SamplingConfig
 from tartvg.grpo import LossInputs, LossSettings, grpo_loss
 from tartvg.memory.footprint import ShapePolicy, model_config, with_layers
-from tartvg.policy import packed, prefix_attention
+from tartvg.policy import decode_attention, prefix_attention
+from tartvg.policy.decoding import Stepper
 from tartvg.policy.features import VideoFeatures
 from tartvg.policy.inputs import PromptInputs
 from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
@@ -132,7 +133,7 @@ def learn(policy, item, tokens):
     """Log-probabilities, loss and gradient of one group."""
     policy.train()
     logps = policy.logps(item, tokens)
-    advantages = torch.empty(len(tokens.ids), device=DEVICE)
+    advantages = torch.empty(len(tokens.ids), 1, device=DEVICE)
     inputs = LossInputs(logps, logps.detach(), torch.empty_like(logps), advantages, tokens.mask)
     output = grpo_loss(inputs, LossSettings(clip_low=0.2, clip_high=0.2, kl_coef=0.04))
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
@@ -145,7 +146,9 @@ def main():
     """Walk through the phases of a step."""
     torch.nn.functional.scaled_dot_product_attention = flash
     prefix_attention.scaled_dot_product_attention = flash
-    prefix_attention.is_exact = packed.is_exact = lambda *_, **__: True
+    prefix_attention.is_exact = lambda *_, **__: True
+    decode_attention.part_of = lambda *_: decode_attention.KERNELS["cuda"]
+    Stepper.distrust = "a graph needs a real device"
     policy, settings = build(sys.argv[1])
     found = {}
 
@@ -156,8 +159,7 @@ def main():
 
     with FakeTensorMode():
         policy.become_fake()
-        # On the device: a list is sent there by each `_logits`, in the backward pass by code that no mode sees.
-        policy.end_ids, policy.banned = {1}, torch.zeros(2, dtype=torch.long, device=DEVICE)
+        policy.end_ids = {1}
         policy.tokenizer = Words(policy.vocabulary - 20)
         items = [prepared(L - 7 * number, policy.language_model.config.hidden_size, number) for number in range(P)]
         limits = SamplingConfig(max_new_tokens=4)

@@ -48,6 +48,7 @@ def test_the_scorer(folder: Path) -> None:
     assert "1 queries about 1 videos" in said and "50.00" in said
 
 
+@pytest.mark.slow
 def test_run_py_and_the_decoders_that_it_starts(folder: Path, tmp_path: Path) -> None:
     row = {"video": write_usual(tmp_path).name, "query": "q", "windows": [[0, 2]], "duration": 6.0}
     (folder / "test.jsonl").write_text(json.dumps(row) + "\n")

@@ -24,20 +24,20 @@ def test_a_phase_is_charged_for_its_own_work_only():
     """What was started outside belongs to nobody; what a block started, to that block."""
     device, timer = Device(), PhaseTimer()
     timer.wait = device.wait
-    device.start(0.06)
+    device.start(0.3)
     with timer("vision"):
-        device.start(0.05)
+        device.start(0.25)
     with timer("sample"):
         pass
     with timer("reference"):
-        device.start(0.03)
+        device.start(0.15)
     with timer("update"):
-        time.sleep(0.01)
+        time.sleep(0.05)
     times = timer.flush()
-    assert times["time/vision_s"] == pytest.approx(0.05, abs=0.02)
-    assert times["time/sample_s"] < 0.01
-    assert times["time/reference_s"] == pytest.approx(0.03, abs=0.02)
-    assert times["time/update_s"] == pytest.approx(0.01, abs=0.01)
+    assert times["time/vision_s"] == pytest.approx(0.25, abs=0.1)
+    assert times["time/sample_s"] < 0.05
+    assert times["time/reference_s"] == pytest.approx(0.15, abs=0.1)
+    assert times["time/update_s"] == pytest.approx(0.05, abs=0.04)
 
 
 def test_an_error_is_not_waited_for():

@@ -46,6 +46,8 @@ from tartvg.training.out_of_memory import free_cached_memory
 
 TOY = Shape(hidden=128, layers=3, intermediate=256, heads=4, kv_heads=2)
 KEY_BIAS = 27.0
+HEADS_7B = (128, 7)
+"""Width of a head of the 7B, and its query heads per key head."""
 """Standard deviation of a released Qwen2.5's keys, nearly all of it a bias; queries have 3.5."""
 RUN = Path(__file__).resolve().parents[3] / "run.py"
 STRATEGIES = ("ddp", "zero2", "zero3", "zero3_offload")
@@ -119,9 +121,9 @@ def numerics(place: Place) -> Iterator[Finding]:
     """Do the kernels agree, and what do two choices of ours save?"""
     device = torch.device(place.device)
     set_up_torch(TrainerConfig(accelerator="gpu" if place.is_cuda else "cpu", num_threads=torch.get_num_threads()))
-    found = is_exact(device, torch.bfloat16)
+    found = is_exact(device, torch.bfloat16, *HEADS_7B)
     yield Finding("joined attention is used in bf16", "True", str(found), place.judged(found))
-    found = is_exact(device, torch.float32)
+    found = is_exact(device, torch.float32, *HEADS_7B)
     yield Finding("and in fp32 (CUDA has no such kernel)", "False", str(found), place.judged(not found))
     mean, most = sampler_gap(place, KEY_BIAS)
     text = f"mean {mean:.4f}, most {most:.3f}"

@@ -56,15 +56,15 @@ def test_every_convention_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[
     for name, (ious, hits, queries) in BY_HAND.items():
         card = report["scorecards"][name]
         assert card["num_queries"] == queries and card["num_missing"] == queries - 3, name
-        assert card["miou"][0] == pytest.approx(ious / queries), name
-        assert card["recall"]["0.5"][0] == pytest.approx(hits / queries), name
+        assert card["miou"]["value"] == pytest.approx(ious / queries), name
+        assert card["recall"]["0.5"]["value"] == pytest.approx(hits / queries), name
         line = next(line for line in shown.splitlines() if line.startswith(f"{name} "))
         assert f"{100 * ious / queries:.2f}" in line
         # One alone gives the same numbers, with intervals.
         assert main([*command, "--convention", name, "--json", str(tmp_path / "one.json")]) == 0
         assert f"convention    {name}\n" in capsys.readouterr().out
         one = json.loads((tmp_path / "one.json").read_text())
-        assert one["files"][0]["scorecard"]["miou"][0] == pytest.approx(ious / queries)
+        assert one["files"][0]["scorecard"]["miou"]["value"] == pytest.approx(ious / queries)
         assert one["convention"]["source"] == CONVENTIONS[name].source
     assert "timelens, to 1 s" in shown and "IoU > t" in shown
 
@@ -136,6 +136,6 @@ def test_tabulated_scores_of_real_files(tmp_path: Path, capsys: pytest.CaptureFi
     cards = json.loads((tmp_path / "all.json").read_text())["scorecards"]
     for convention, expected in TABULATED[name].items():
         card = cards[convention]
-        found = [card["miou"][0], *(card["recall"][t][0] for t in ("0.3", "0.5", "0.7"))]
+        found = [card["miou"]["value"], *(card["recall"][t][0] for t in ("0.3", "0.5", "0.7"))]
         for value, tabulated in zip(found, expected, strict=True):
             assert tabulated is None or 100 * value == pytest.approx(tabulated, abs=5e-5), convention
