@@ -119,4 +119,5 @@ def shared_prefix_attention(
     logs_prompt = logs_prompt.reshape(prompts, kv_heads, group, repeats).transpose(1, 2).reshape(logs_own.shape)
     from_prompt = from_prompt.reshape(prompts, kv_heads, group, repeats, width).transpose(1, 2).reshape(by_row.shape)
     share = torch.sigmoid(logs_prompt - logs_own)[..., None]
-    return torch.lerp(from_own.float(), from_prompt.float(), share).to(query.dtype).view(rows, -1)
+    # not a view: flash attention on CUDA returns another order of strides
+    return torch.lerp(from_own.float(), from_prompt.float(), share).to(query.dtype).reshape(rows, -1)

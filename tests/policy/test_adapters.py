@@ -61,7 +61,7 @@ def test_an_adapter_of_transformers_4_51_is_read_under_todays_names(saved, setti
     assert any(n.startswith("base_model.model.visual.blocks.") for n in names)
     check_adapter(settings, saved, "init_adapter")
     model, _ = load_base(settings)
-    adapted = load_adapter(model, saved, is_reference_kept=True)
+    adapted = load_adapter(model, saved, LoraConfig(), is_reference_kept=True)
     assert re.fullmatch(rf"{saved}: names of transformers 4\.51 or earlier, read as .*\n", capsys.readouterr().out)
     for adapter in ("default", "reference"):
         found = {n: p for n, p in adapted.named_parameters() if f".{adapter}." in n}

@@ -35,6 +35,10 @@ FEW = [f"dataset.planted.num_{split}=1" for split in ("train", "val", "test")]
 # --- which settings
 
 
+def in_grpo(config: Config) -> dict[str, Any]:
+    return grpo.key_of(config, "grpo1", None)
+
+
 def test_every_setting_is_part_of_a_key_or_marked(untrained_base: Path, small: list[str], tmp_path: Path) -> None:
     config = composed(*small, *FEW, f"policy.path={untrained_base}", "validation.every=2")
     (tmp_path / "source").write_text("")
@@ -43,8 +47,16 @@ def test_every_setting_is_part_of_a_key_or_marked(untrained_base: Path, small: l
         filter.key_of(config, tmp_path / "source"), sft.key_of(config, tmp_path / "source"),
         evaluate.key_of(config, None), controls.key_of(config, tmp_path / "source"),
     ]  # fmt: skip
-    inputs = {"data", "validation_data", "base", "adapter", "traces", "rollouts", "predictions"}
-    held = {name for key in keys for name in key} - inputs
+    (tmp_path / "measured").write_text("{}")
+    chosen = ["difficulty=band", "difficulty.passes=1", f"difficulty.file={tmp_path / 'measured'}"]
+    keys += [
+        key_of(composed(*small, *FEW, f"policy.path={untrained_base}", *chosen))
+        for key_of in (in_grpo, rollouts.key_of)
+    ]
+    mixed = ["dataset=mix", "dataset.parts={planted: 1}", f"dataset.sources.planted.root={tmp_path}"]
+    keys.append(in_grpo(composed("grpo.max_steps=2", *FEW, f"policy.path={untrained_base}", *mixed)))
+    inputs = {"data", "validation_data", "base", "adapter", "traces", "rollouts", "predictions", "difficulties"}
+    held = {name.replace("dataset.parts.planted", "dataset.parts") for key in keys for name in key} - inputs
     assert held == {name for name, effect in EFFECTS.items() if effect is Effect.value}
     for key in keys:
         assert not any(str(untrained_base.name) in str(value) or "/" in str(value) for value in key.values())

@@ -11,11 +11,13 @@ from helpers.settings import composed
 from helpers.training import RUBRIC, fit, lines, make_grpo
 
 from tartvg.config import TrainerConfig
+from tartvg.policy import torch_setup
 from tartvg.policy.torch_setup import set_up_torch
 
 
-def test_deterministic_algorithms_are_for_the_cpu():
+def test_deterministic_algorithms_are_for_the_cpu(monkeypatch):
     """On a GPU they would not make it deterministic, and fill all memory before it is used."""
+    monkeypatch.setattr(torch_setup, "refuse_missing_gpus", lambda _: None)
     before = torch.get_num_threads()
     try:
         set_up_torch(TrainerConfig(accelerator="gpu", num_threads=before))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from tartvg.policy.decode_layers import DecodePass
 from tartvg.policy.policy import Policy
 
 
@@ -50,14 +51,21 @@ def count(policy: Policy, call: Callable[[], object]) -> Counts:
         grid = kwargs["grid_thw"] if "grid_thw" in kwargs else inputs[1]
         videos[0] += len(grid)
 
+    def note_step(decoder: DecodePass, ids: Any, *rest: Any) -> Any:
+        tokens[0] += len(ids)
+        return step(decoder, ids, *rest)
+
+    step = DecodePass.__call__
     hooks = [
         policy.language_model.layers[0].register_forward_pre_hook(note_layer, with_kwargs=True),
         policy.core.model.visual.register_forward_pre_hook(note_tower, with_kwargs=True),
     ]
+    DecodePass.__call__ = note_step  # type: ignore[method-assign]
     try:
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as flops:
             call()
     finally:
+        DecodePass.__call__ = step  # type: ignore[method-assign]
         for hook in hooks:
             hook.remove()
     return Counts(flops.get_total_flops(), tokens[0], videos[0])
