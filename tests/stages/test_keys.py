@@ -39,6 +39,7 @@ def in_grpo(config: Config) -> dict[str, Any]:
     return grpo.key_of(config, "grpo1", None)
 
 
+@pytest.mark.slow
 def test_every_setting_is_part_of_a_key_or_marked(untrained_base: Path, small: list[str], tmp_path: Path) -> None:
     config = composed(*small, *FEW, f"policy.path={untrained_base}", "validation.every=2")
     (tmp_path / "source").write_text("")
