@@ -21,7 +21,7 @@ from tartvg.config.fields import Effect, flattened
 from tartvg.launch.signals import REQUEUE_CODE
 from tartvg.policy.loading import ADAPTER_FILE
 from tartvg.records import to_json
-from tartvg.stages import controls, evaluate, filter, grpo, rollouts, sft
+from tartvg.stages import controls, evaluate, export, filter, grpo, rollouts, sft
 from tartvg.stages.common import base_identity, refuse_missing_videos, train_data
 from tartvg.stages.folder import StageFolder
 from tartvg.stages.keys import BLOCK, data_identity, settings_of, video_identity
@@ -40,8 +40,9 @@ def test_every_setting_is_part_of_a_key_or_marked(untrained_base: Path, small: l
         grpo.key_of(config, "grpo1", None), grpo.key_of(config, "grpo2", None), rollouts.key_of(config),
         filter.key_of(config, tmp_path / "source"), sft.key_of(config, tmp_path / "source"),
         evaluate.key_of(config, None), controls.key_of(config, tmp_path / "source"),
+        export.key_of(config, tmp_path / "source"),
     ]  # fmt: skip
-    inputs = {"data", "validation_data", "base", "adapter", "traces", "rollouts", "predictions"}
+    inputs = {"data", "validation_data", "base", "adapter", "traces", "rollouts", "predictions", "scores"}
     held = {name for key in keys for name in key} - inputs
     assert held == {name for name, effect in EFFECTS.items() if effect is Effect.value}
     for key in keys:
