@@ -83,7 +83,8 @@ def _refuse_tied_adapter(base: Path, adapter: Path, setting: str) -> None:
 
 def write_weights(base: Path, state: dict[str, Tensor], target: Path, dtype: torch.dtype, setting: str) -> None:
     """Write `state` (today's names, fp32) in the files and under the names of the base, rounded to `dtype`."""
-    places, size = {}, 0
+    places: dict[str, str] = {}
+    size = 0
     for file in weight_files(base, setting):
         names = list(read_header(file, setting))
         part = {name: state[model_name(name)].to(dtype, copy=True).contiguous() for name in names}

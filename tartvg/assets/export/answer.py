@@ -10,6 +10,7 @@ import math
 import sys
 from bisect import bisect_right
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -21,7 +22,7 @@ SETTINGS = json.loads((FOLDER / "grounding.json").read_text(encoding="utf-8"))
 SIDE = 28
 
 
-def size_of(height, width, num_frames):
+def size_of(height: int, width: int, num_frames: int) -> tuple[int, int]:
     """Sides of a frame for the model: multiples of 28 within the budgets of pixels."""
     share = SETTINGS["total_pixels"] * 2 // num_frames
     most = max(min(SETTINGS["max_pixels"], share), int(SETTINGS["min_pixels"] * 1.05))
@@ -35,7 +36,7 @@ def size_of(height, width, num_frames):
     return new
 
 
-def read(path):
+def read(path: str | Path) -> tuple[np.ndarray, float]:
     """Frames, uint8 (F, height, width, 3), and the seconds between two pairs of them.
 
     For files as cameras and ffmpeg write them; the training's own reader also mends cut and rotated ones.
@@ -64,7 +65,7 @@ def read(path):
     return np.stack([found[stamp] for stamp in chosen]), 2 * step
 
 
-def patches_of(frames):
+def patches_of(frames: np.ndarray) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """The rows that the vision tower reads, (T*H*W, 1176), and the grid (T, H, W) in patches of 14 pixels."""
     config = json.loads((FOLDER / "preprocessor_config.json").read_text(encoding="utf-8"))
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("image_mean", "image_std"))
@@ -74,7 +75,7 @@ def patches_of(frames):
     return blocks.reshape(time * height * width, -1), (time, height, width)
 
 
-def positions_of(before, after, grid, ticks):
+def positions_of(before: int, after: int, grid: tuple[int, int, int], ticks: float) -> torch.Tensor:
     """Positions of text, video and text, (3, 1, S): the video in absolute time, the text behind it after its last.
 
     transformers 5 puts that text after the video's height or width instead, which the weights were not trained with.
@@ -86,7 +87,7 @@ def positions_of(before, after, grid, ticks):
     return torch.cat(parts, dim=1)[:, None]
 
 
-def answer(model, tokenizer, path, query):
+def answer(model: Any, tokenizer: Any, path: str | Path, query: str) -> str:
     """What the model says, reasoning included. Greedy, by generation_config.json."""
     frames, seconds = read(path)
     patches, grid = patches_of(frames)
@@ -113,7 +114,7 @@ def answer(model, tokenizer, path, query):
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-def load(device="cpu"):
+def load(device: str = "cpu") -> tuple[Any, Any]:
     """The model of this folder and its tokenizer."""
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(FOLDER, dtype="auto").to(device).eval()
     return model, AutoTokenizer.from_pretrained(FOLDER)
