@@ -1,20 +1,29 @@
 """Base plus adapter as one folder: the sum rounded once, the base's own files and names, read by the plain library."""
 
 import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from helpers.videos import write_usual
 from peft import PeftModel
 from policy.test_real_models import original_weights, settings, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-from tartvg.config import AnchorsConfig, Precision, SettingError
+from tartvg.config import AnchorsConfig, FramesConfig, Precision, SamplingConfig, SettingError
+from tartvg.data.video import read_clip, target_size
 from tartvg.policy.loading import load_base, new_adapter, save_adapter
 from tartvg.policy.merging import merge, model_name, with_type, write_usage
 from tartvg.policy.model_files import INDEX
+from tartvg.policy.patches import patchify
+from tartvg.policy.policy import Policy
+from tartvg.policy.positions import prompt_positions
+from tartvg.prompts import build_prompt
+from tartvg.types import GroundingSample
 
 
 def trained_adapter(where: Path, policy, *, seed: int = 1) -> Path:
@@ -113,3 +122,43 @@ def test_usage_is_greedy_and_keeps_what_training_forbids_and_what_the_base_says(
     images = json.loads((target / "preprocessor_config.json").read_text())
     assert (images["min_pixels"], images["of_the_base"]) == (3136, 7)
     assert json.loads((target / "video_preprocessor_config.json").read_text())["max_frames"] == 8
+
+
+@pytest.fixture
+def exported(tmp_path):
+    """A released base in fp32 with an adapter, its merged folder and the names of the folder's script."""
+    policy = settings(write_checkpoint(tmp_path / "base", *original_weights(tied=True)), Precision.fp32)
+    policy.frames = FramesConfig(fps=3.0, min_frames=4, max_frames=10, min_pixels=3136, max_pixels=9408)
+    adapter = trained_adapter(tmp_path / "adapter", policy)
+    merge(policy, adapter, tmp_path / "merged")
+    _, tokenizer = load_base(policy)
+    write_usage(tokenizer, tmp_path / "base", tmp_path / "merged", policy.frames, AnchorsConfig(), 24)
+    return policy, adapter, runpy.run_path(str(tmp_path / "merged/answer.py"), run_name="elsewhere")
+
+
+def test_the_script_of_a_merged_folder_sees_and_says_what_the_policy_does(exported, tmp_path):
+    settings, adapter, script = exported
+    video = write_usual(tmp_path)
+    clip = read_clip(video, settings.frames)
+    frames, seconds = script["read"](video)
+    assert np.array_equal(frames, clip.frames) and seconds == pytest.approx(clip.seconds_per_grid, abs=1e-12)
+    ours, grid = patchify(clip.frames)
+    theirs, same_grid = script["patches_of"](frames)
+    assert torch.equal(ours, theirs) and grid == same_grid
+    for grid in ((1, 2, 2), (30, 4, 6), (2, 20, 8)):
+        expected = prompt_positions(7, 5, grid, seconds, 2.0)
+        assert torch.equal(script["positions_of"](7, 5, grid, seconds * 2.0)[:, 0], expected)
+
+    policy = Policy(settings, adapter).eval()
+    query = "  the red <|im_end|> circle . "
+    prompt = build_prompt(GroundingSample("a", video, query, (), clip.duration, "test"), AnchorsConfig())
+    limits = SamplingConfig(temperature=0.0, max_new_tokens=24)
+    said = policy.sample([policy.prepare(prompt, clip)], 1, limits, [0])[0][0].text
+    assert script["answer"](*script["load"](), video, query) == said and len(said) > 10
+
+
+@pytest.mark.parametrize(("height", "width"), [(1080, 1920), (28, 28), (30, 700), (480, 640), (700, 31)])
+def test_the_script_resizes_as_training_does(exported, height, width):
+    settings, _, script = exported
+    for count in (2, 4, 10):
+        assert script["size_of"](height, width, count) == target_size(height, width, count, settings.frames)

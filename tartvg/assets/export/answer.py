@@ -29,10 +29,10 @@ def size_of(height: int, width: int, num_frames: int) -> tuple[int, int]:
     new = max(SIDE, round(height / SIDE) * SIDE), max(SIDE, round(width / SIDE) * SIDE)
     if new[0] * new[1] > most:
         scale = math.sqrt(height * width / most)
-        new = tuple(max(SIDE, math.floor(side / scale / SIDE) * SIDE) for side in (height, width))
+        new = max(SIDE, math.floor(height / scale / SIDE) * SIDE), max(SIDE, math.floor(width / scale / SIDE) * SIDE)
     elif new[0] * new[1] < SETTINGS["min_pixels"]:
         scale = math.sqrt(SETTINGS["min_pixels"] / (height * width))
-        new = tuple(math.ceil(side * scale / SIDE) * SIDE for side in (height, width))
+        new = math.ceil(height * scale / SIDE) * SIDE, math.ceil(width * scale / SIDE) * SIDE
     return new
 
 
@@ -44,7 +44,7 @@ def read(path: str | Path) -> tuple[np.ndarray, float]:
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         packets = sorted((p.pts, p.duration or 0) for p in container.demux(stream) if p.pts is not None)
-        clock = float(stream.time_base)
+        clock = float(stream.time_base or 1)
     stamps, first = [stamp for stamp, _ in packets], packets[0][0]
     duration = (stamps[-1] + packets[-1][1] - first) * clock
     most = min(SETTINGS["max_frames"], len(stamps)) // 2 * 2
@@ -82,7 +82,7 @@ def positions_of(before: int, after: int, grid: tuple[int, int, int], ticks: flo
     """
     axes = (torch.arange(grid[0]) * ticks).long(), torch.arange(grid[1] // 2), torch.arange(grid[2] // 2)
     video = torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(3, -1) + before
-    start = int(max(video.max(), before - 1)) + 1
+    start = int(video.max()) + 1
     parts = torch.arange(before).expand(3, -1), video, torch.arange(start, start + after).expand(3, -1)
     return torch.cat(parts, dim=1)[:, None]
 
