@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
 from tartvg.evaluation.score import scorecard_from_json
 from tartvg.types import Estimate
 
@@ -61,17 +65,21 @@ def training_behind(adapter: Path) -> list[tuple[str, str]]:
     stage = adapter.parent.name
     if stage not in CHAIN:
         return []
-    found = []
+    found: list[tuple[str, str]] = []
     for name in CHAIN[: CHAIN.index(stage) + 1]:
         folder = adapter.parent.parent / name
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            facts = [f"`{manifest['command']}`", f"commit {manifest['git']}", f"{manifest['seconds']:.0f} s"]
-            inputs = manifest["inputs"]
-        except (OSError, ValueError, LookupError, TypeError):
+            config: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+            facts = [
+                f"data set {config['dataset']['name']}, seed {config['seed']}",
+                f"`{manifest['command']}`",
+                f"commit {manifest['git']}",
+                f"{manifest['seconds']:.0f} s",
+                *(f"{key} {value}" for key, value in manifest["inputs"].items() if key in ("data", "base")),
+            ]
+        except (OSError, ValueError, LookupError, TypeError, YAMLError, OmegaConfBaseException):
             continue
-        named = {key: inputs[key] for key in ("dataset.name", "seed", "data", "base") if key in inputs}
-        facts += [f"{key} {value}" for key, value in named.items()]
         found.append((name, "; ".join(facts)))
     return found
 

@@ -97,8 +97,8 @@ def _export(config: Config, adapter: Path, target: Path) -> None:
     shift = _shift(replace(config, policy=replace(config.policy, path=str(target), revision=None)), said)
     facts = CardFacts(
         title=f"{config.policy.name}, {config.name}, {policy_label(str(adapter))}",
-        base=config.policy.path + (f"@{config.policy.revision}" if config.policy.revision else ""),
-        adapter=adapter.as_posix(),
+        base=_published(config.policy.path) + (f"@{config.policy.revision}" if config.policy.revision else ""),
+        adapter="/".join(adapter.resolve().parts[-3:]),
         precision=config.policy.precision.value,
         training=training_behind(adapter),
         evaluations=[_scored(name, folder) for name, folder in _evaluations(config, adapter)],
@@ -108,6 +108,11 @@ def _export(config: Config, adapter: Path, target: Path) -> None:
     )
     write_atomic(target / "README.md", model_card(facts))
     print(f"{target}: exported" + ("" if shift is None else f"; {in_words(shift)}"))
+
+
+def _published(path: str) -> str:
+    """A Hub id as it is; of a folder its name alone, as where it lies is nobody else's business."""
+    return Path(path).resolve().name if Path(path).is_dir() else path
 
 
 def _scored(label: str, folder: Path) -> ScoredPolicy:

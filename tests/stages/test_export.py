@@ -14,7 +14,7 @@ from interruptions import rows
 
 from tartvg.config import PolicyConfig
 from tartvg.policy.loading import load_base, new_adapter, save_adapter
-from tartvg.report.model_card import CardFacts, Shift, model_card
+from tartvg.report.model_card import CardFacts, Shift, model_card, training_behind
 from tartvg.stages.evaluate import prompts_to_score
 
 FACTS = CardFacts("t", "base", "a", "bf16", [], [], "When?\n{query}", None, 9)
@@ -27,6 +27,25 @@ def test_a_card_without_a_record_says_so() -> None:
     measured = Shift(num_queries=3, num_tokens=70, num_equal=2, mean=1e-3, largest=0.25)
     card = model_card(CardFacts(**{**vars(FACTS), "shift": measured}))
     assert "2 of 3 are the same" in card and "1.0e-03 nats on average and 2.5e-01 at most (70 tokens)" in card
+
+
+def test_a_card_names_data_command_and_commit_of_each_stage_that_led_there(tmp_path: Path) -> None:
+    for stage in ("grpo1", "sft", "grpo2"):
+        (tmp_path / stage / "adapter").mkdir(parents=True)
+        manifest = {
+            "command": f"python run.py stage={stage}",
+            "git": "0f1e2d",
+            "seconds": 12.4,
+            "inputs": {"data": "ab"},
+        }
+        (tmp_path / stage / "manifest.json").write_text(json.dumps(manifest))
+        (tmp_path / stage / "config.yaml").write_text("seed: 3\ndataset:\n  name: planted\n")
+    (tmp_path / "grpo1/manifest.json").write_text("cut")
+    behind = training_behind(tmp_path / "sft/adapter")
+    assert behind == [("sft", "data set planted, seed 3; `python run.py stage=sft`; commit 0f1e2d; 12 s; data ab")]
+    card = model_card(CardFacts(**{**vars(FACTS), "training": behind}))
+    assert "- **sft**: data set planted, seed 3; `python run.py stage=sft`; commit 0f1e2d" in card
+    assert training_behind(tmp_path / "elsewhere") == []
 
 
 def test_a_run_without_an_adapter_is_refused(run_command, tmp_path: Path) -> None:
