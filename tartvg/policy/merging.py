@@ -68,6 +68,8 @@ def merge(settings: PolicyConfig, adapter: Path, target: Path) -> None:
     for name in COPIED:
         if (base / name).is_file():
             shutil.copyfile(base / name, target / name)
+    for file in target.glob("*.safetensors"):
+        shutil.copymode(target / CONFIG, file)  # safetensors writes files that nobody else may read
 
 
 def _refuse_tied_adapter(base: Path, adapter: Path, setting: str) -> None:

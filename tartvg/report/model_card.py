@@ -150,7 +150,8 @@ def _scores(facts: CardFacts) -> str:
     commands = "\n".join(f"- {found.label}: `{found.command}`" for found, _ in cards)
     return (
         "## Scores\n\nIn per cent, with 95 % bootstrap intervals over the queries, before the merge. Every annotated "
-        f"query counts; format is measured on sampled outputs, the rest on greedy answers.\n\n{table}\n\n{commands}"
+        "query counts; format is measured on sampled outputs where there are some, the rest on greedy answers.\n\n"
+        f"{table}\n\n{commands}"
     )
 
 
@@ -159,7 +160,8 @@ def _percent(estimate: Estimate) -> str:
 
 
 def _merge(facts: CardFacts) -> str:
-    text = f"## The merge\n\nBase and adapter were added in fp32 and rounded once to {facts.precision}. "
+    rounded = "" if facts.precision == "fp32" else f" and rounded once to {facts.precision}"
+    text = f"## The merge\n\nBase and adapter were added in fp32{rounded}. "
     if facts.shift is None:
         return text + "What that changed was not measured (`export.num_queries=0`)."
     return text + f"On greedy answers, {in_words(facts.shift)}."
