@@ -137,6 +137,8 @@ def write_usage(
     _write_over(base, target, "video_preprocessor_config.json", {
         "video_processor_type": "Qwen2VLVideoProcessor", **PIXELS, **sizes, "fps": frames.fps,
         "min_frames": frames.min_frames, "max_frames": frames.max_frames, "do_sample_frames": True,
+        # the budget of all frames, of which the library takes nine tenths of so many tokens
+        "cap_pixels_per_frame": True, "max_video_tokens": round(frames.total_pixels / (0.9 * (PATCH * MERGE) ** 2)),
     })  # fmt: skip
     prompt = build_prompt(GroundingSample("", Path(), "{query}", (), 0.0, "test"), anchors).text
     bounds = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")

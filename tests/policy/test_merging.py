@@ -121,7 +121,8 @@ def test_usage_is_greedy_and_keeps_what_training_forbids_and_what_the_base_says(
     assert ids["im_end"] not in found.suppress_tokens
     images = json.loads((target / "preprocessor_config.json").read_text())
     assert (images["min_pixels"], images["of_the_base"]) == (3136, 7)
-    assert json.loads((target / "video_preprocessor_config.json").read_text())["max_frames"] == 8
+    videos = json.loads((target / "video_preprocessor_config.json").read_text())
+    assert (videos["max_frames"], videos["max_video_tokens"]) == (8, round(2809856 / 784 / 0.9))
 
 
 @pytest.fixture
