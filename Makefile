@@ -8,7 +8,7 @@ QUICK := not slow and not gpu and not campaign
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test rest campaign lint types imports light quick bench clean
+.PHONY: help setup demo check test rest campaign lint types imports light quick bench dist clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -59,6 +59,11 @@ bench: $(STAMP) ## decoding, speed and memory beside other engines (an hour on t
 	$(BIN)/python -m experiments.efficiency.bench.decoding
 	$(BIN)/python -m experiments.efficiency.bench
 
+dist: $(STAMP) ## a wheel in dist/, tried in an empty environment
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTEST) -m slow tests/launch/test_wheel.py
+
 clean: ## removes .venv and caches; runs/ and data/ stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from math import inf
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
@@ -13,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tartvg.config.choices import DatasetName, SettingError, require
 from tartvg.config.fields import Effect, Settings, setting
+from tartvg.config.place import project_root
 
 
 @dataclass
@@ -77,7 +76,7 @@ def _part(mix: DatasetConfig, name: str) -> DatasetConfig:
     if isinstance(own, DatasetConfig):
         return own
     require(isinstance(own, dict), f"dataset.sources.{name}", "settings by name", own)
-    folder = Path(os.environ.get("TARTVG_ROOT", Path(__file__).parents[2])) / "conf" / "dataset"
+    folder = project_root() / "conf" / "dataset"
     known = sorted(path.stem for path in folder.glob("*.yaml") if path.stem != DatasetName.mix.value)
     require(name in known, "dataset.parts", f"among {', '.join(known)}", name)
     shared = {

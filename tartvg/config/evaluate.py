@@ -65,3 +65,11 @@ class FaithfulnessConfig(Settings, path="faithfulness"):
     every: int = setting(10, at_least=0, effect=Effect.none)
     """Steps between two controls with shuffled frames while a GRPO stage trains, for the monitor video_blindness: two
     greedy completions per prompt; 0: never."""
+
+
+@dataclass
+class ExportConfig(Settings, path="export"):
+    """stage=export: the adapter merged into its base, as a plain Hugging Face folder."""
+
+    num_queries: int = setting(16, at_least=0)
+    """Queries of evaluate.split on which the merged model is compared with base and adapter side by side; 0: none."""

@@ -9,7 +9,7 @@ from tartvg.config.anchors import AnchorsConfig, FilterConfig
 from tartvg.config.choices import StageName, require
 from tartvg.config.dataset import DatasetConfig
 from tartvg.config.difficulty import DifficultyConfig
-from tartvg.config.evaluate import EvaluateConfig, FaithfulnessConfig
+from tartvg.config.evaluate import EvaluateConfig, ExportConfig, FaithfulnessConfig
 from tartvg.config.fields import Effect, Settings, setting
 from tartvg.config.grpo import GrpoConfig
 from tartvg.config.monitors import MonitorsConfig
@@ -48,7 +48,7 @@ class Config(Settings):
     """Start a training stage anew whose settings or inputs have changed; its old results are moved aside. Without it
     such a stage is refused."""
     init_adapter: str | None = setting(None, effect=Effect.content)
-    """Adapter folder that grpo1, grpo2 or ground starts from, instead of the stage's own rule."""
+    """Adapter folder that grpo1, grpo2, ground or export starts from, instead of the stage's own rule."""
     video: str | None = setting(None, effect=Effect.none)
     """stage=ground: the video file."""
     query: str | None = setting(None, effect=Effect.none)
@@ -65,6 +65,7 @@ class Config(Settings):
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     faithfulness: FaithfulnessConfig = field(default_factory=FaithfulnessConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

@@ -6,7 +6,6 @@ python -m tartvg.launch.sweep_files anchors > anchors.wandb.yaml
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from tartvg.config.choices import SettingError
-
-ROOT_VARIABLE = "TARTVG_ROOT"
+from tartvg.config.place import project_root
 
 
 def axes(params: Mapping[str, object], task: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -74,9 +72,8 @@ def main(arguments: Sequence[str]) -> int:
     if len(arguments) != 1:
         print(__doc__, file=sys.stderr)
         return 2
-    root = Path(os.environ.get(ROOT_VARIABLE) or Path(__file__).resolve().parents[2])
     try:
-        print(OmegaConf.to_yaml(OmegaConf.create(wandb_sweep(arguments[0], root))), end="")
+        print(OmegaConf.to_yaml(OmegaConf.create(wandb_sweep(arguments[0], project_root()))), end="")
     except SettingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

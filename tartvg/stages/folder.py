@@ -44,9 +44,15 @@ def run_dir(config: Config) -> Path:
 
 
 def git_state() -> str:
-    """Commit of the code, with `+changes` where the tree differs from it; `unknown` outside a checkout."""
+    """Commit of the code, with `+changes` where the tree differs from it; `unknown` outside a checkout.
+
+    A package that lies in the checkout of something else, as in a .venv there, is none of its files.
+    """
     root = Path(__file__).resolve().parent
+    is_ours = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
     try:
+        if subprocess.run(is_ours, cwd=root, capture_output=True, timeout=10).returncode:
+            return "unknown"
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10)
         dirty = subprocess.run(
             ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, timeout=10

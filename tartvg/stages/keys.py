@@ -38,6 +38,7 @@ INPUTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "traces": ("the traces that it learns from", ()),
     "rollouts": ("the rollouts that it reads", ()),
     "difficulties": ("the measured difficulties", ("difficulty.file",)),
+    "scores": ("the scores that it quotes", ()),
     "predictions": ("the answers that it compares with", ()),
 }
 """Parts of a key that are hashes: what each is, and the settings that name it (a group ends in a dot)."""

@@ -1,5 +1,6 @@
 """Documents: links lead somewhere, commands compose, files that are named exist, pictures are small. No torch."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -27,6 +28,8 @@ STARTERS = re.compile(r"(?:^|\s|/)(?:run\.py|slurm\.sbatch|torchrun\.sh)(?=\s|$)
 """What passes its arguments on to Hydra."""
 FORMER = {"CHANGELOG.md"}
 """Documents that name what no longer exists."""
+TUTORIAL = "docs/tutorial.md"
+"""Names what its reader makes; tests/test_tutorial.py follows it."""
 
 
 def name(path: Path) -> str:
@@ -108,7 +111,7 @@ def jobs(overrides: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [tuple(job) for job in chosen[:MAX_JOBS]]
 
 
-CASES = sorted({(name(path), command) for path in DOCUMENTS for command in commands(path)})
+CASES = sorted({(name(path), command) for path in DOCUMENTS if name(path) != TUTORIAL for command in commands(path)})
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)
@@ -138,7 +141,7 @@ def test_the_commands_are_found() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if name(path) not in FORMER], ids=name)
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if name(path) not in {*FORMER, TUTORIAL}], ids=name)
 def test_every_setting_that_a_document_names_is_there(path: Path) -> None:
     """Inline code such as `grpo.lr` or `filter.*`."""
     config = composed()
@@ -154,7 +157,7 @@ def test_every_setting_that_a_document_names_is_there(path: Path) -> None:
             value = getattr(value, part)
 
 
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if name(path) not in FORMER], ids=name)
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if name(path) not in {*FORMER, TUTORIAL}], ids=name)
 def test_every_program_that_a_document_calls_is_there(path: Path) -> None:
     for line in shell(path):
         said = words(line)
@@ -193,3 +196,66 @@ def test_the_readme_is_short_and_its_pictures_are_small_and_described() -> None:
     assert len(pictures) == 2 and all(len(picture.content) > 40 for picture in pictures)
     for picture in (ROOT / "docs/pictures").iterdir():
         assert picture.stat().st_size < MAX_PICTURE_BYTES, picture.name
+
+
+EQUATIONS = {
+    "IoU", "soft IoU", "N", "rFormat", "rsIoU", "TAR1", "TAR2", "TAR3", "rTAR, total", "cap", "prompt", "rollouts",
+    "advantage", "log π", "ratio", "objective", "KL", "π_ref", "LoRA", "video positions", "filter", "stages",
+    "mIoU, R1@m", "valid outputs", "reward hacking", "format collapse", "stagnation",
+}  # fmt: skip
+"""The first column of docs/paper_to_code.md: every equation and rule that the paper states."""
+
+
+def named_rows(path: Path) -> Iterator[tuple[str, list[list[tuple[str, Path]]]]]:
+    """Rows of a document's tables: the first cell, and the linked names of each later cell with their files."""
+    title, cells = "", 0
+    found: list[list[tuple[str, Path]]] = []
+    for token in MARKDOWN.parse(path.read_text()):
+        if token.type == "tr_open":
+            title, cells, found = "", 0, []
+        elif token.type == "inline" and token.children is not None:
+            cells += 1
+            if cells == 1:
+                title = token.content
+            hrefs = [str(t.attrs["href"]) for t in token.children if t.type == "link_open"]
+            names = [t.content for t in token.children if t.type == "code_inline"]
+            if hrefs:
+                found.append([(n, (path.parent / h).resolve()) for n, h in zip(names, hrefs, strict=True)])
+        elif token.type == "tr_close" and found:
+            yield title, found
+
+
+def line_of(name: str, file: Path) -> int | None:
+    """Where a function, or a method as `Class.method`, is defined in a file."""
+    body: list[ast.stmt] = ast.parse(file.read_text()).body
+    line = None
+    for part in name.split("."):
+        node = next((n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == part), None)
+        if node is None:
+            return None
+        line, body = node.lineno, node.body
+    return line
+
+
+def test_every_equation_has_a_function_and_a_test_that_are_there() -> None:
+    rows = list(named_rows(ROOT / "docs/paper_to_code.md"))
+    assert {title for title, _ in rows} == EQUATIONS and len(rows) == len(EQUATIONS)
+    for title, (functions, tests) in rows:
+        for name, file in (*functions, *tests):
+            assert line_of(name, file) is not None, f"{title}: {name} is not in {file.name}"
+        assert all(file.is_relative_to(ROOT / "tartvg") for _, file in functions), title
+        assert tests and all(n.startswith("test_") and f.is_relative_to(ROOT / "tests") for n, f in tests), title
+
+
+def test_a_name_that_is_gone_is_found() -> None:
+    """The search itself."""
+    score = ROOT / "tartvg/rewards/rubric.py"
+    line = line_of("Rubric.score", score)
+    assert line is not None and "def score" in score.read_text().splitlines()[line - 1]
+    assert line_of("Rubric.scores", score) is None and line_of("score", score) is None
+
+
+def test_the_glossary_is_in_order_and_names_each_word_once() -> None:
+    rows = re.findall(r"^\| ([^|]+) \|", (ROOT / "docs/glossary.md").read_text(), re.MULTILINE)
+    words_there = [row for row in rows if row not in ("word", "---")]
+    assert words_there == sorted(set(words_there), key=str.lower) and len(words_there) > 30

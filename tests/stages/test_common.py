@@ -1,8 +1,10 @@
 """What stages say about queries with several windows, and which queries of a mix they ask first."""
 
+import subprocess
 from pathlib import Path
 
 from tartvg.config import Truth
+from tartvg.stages import folder
 from tartvg.stages.common import first_of, say_windows
 from tartvg.types import GroundingSample, Prompt, Span
 
@@ -30,3 +32,16 @@ def test_the_first_queries_of_a_mix_are_of_all_its_parts():
     assert names[99] == names[None] == ["a0", "a1", "a2", "a3", "a4", "b0", "b1"]
     alone = [prompt(str(i)) for i in range(5)]
     assert first_of(alone, 3) == alone[:3]
+
+
+def test_the_commit_of_another_project_around_an_installed_package_is_not_ours(tmp_path, monkeypatch):
+    assert len(folder.git_state().removesuffix("+changes")) == 40
+    package = tmp_path / ".venv" / "tartvg" / "stages"
+    package.mkdir(parents=True)
+    (package / "folder.py").touch()
+    (tmp_path / "theirs.txt").touch()
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "theirs.txt"], [*who, "commit", "-q", "-m", "theirs"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(folder, "__file__", str(package / "folder.py"))
+    assert folder.git_state() == "unknown"

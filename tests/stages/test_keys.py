@@ -22,7 +22,7 @@ from tartvg.config.fields import Effect, flattened
 from tartvg.launch.signals import REQUEUE_CODE
 from tartvg.policy.loading import ADAPTER_FILE
 from tartvg.records import to_json
-from tartvg.stages import controls, evaluate, filter, grpo, rollouts, sft
+from tartvg.stages import controls, evaluate, export, filter, grpo, rollouts, sft
 from tartvg.stages.common import base_identity, refuse_missing_videos, train_data
 from tartvg.stages.folder import StageFolder
 from tartvg.stages.keys import BLOCK, UNKNOWN, comparable, data_identity, settings_of, video_identity
@@ -47,6 +47,7 @@ def test_every_setting_is_part_of_a_key_or_marked(untrained_base: Path, small: l
         grpo.key_of(config, "grpo1", None), grpo.key_of(config, "grpo2", None), rollouts.key_of(config),
         filter.key_of(config, tmp_path / "source"), sft.key_of(config, tmp_path / "source"),
         evaluate.key_of(config, None), controls.key_of(config, tmp_path / "source"),
+        export.key_of(config, tmp_path / "source"),
     ]  # fmt: skip
     (tmp_path / "measured").write_text("{}")
     chosen = ["difficulty=band", "difficulty.passes=1", f"difficulty.file={tmp_path / 'measured'}"]
@@ -56,7 +57,17 @@ def test_every_setting_is_part_of_a_key_or_marked(untrained_base: Path, small: l
     ]
     mixed = ["dataset=mix", "dataset.parts={planted: 1}", f"dataset.sources.planted.root={tmp_path}"]
     keys.append(in_grpo(composed("grpo.max_steps=2", *FEW, f"policy.path={untrained_base}", *mixed)))
-    inputs = {"data", "validation_data", "base", "adapter", "traces", "rollouts", "predictions", "difficulties"}
+    inputs = {
+        "data",
+        "validation_data",
+        "base",
+        "adapter",
+        "traces",
+        "rollouts",
+        "predictions",
+        "difficulties",
+        "scores",
+    }
     held = {name.replace("dataset.parts.planted", "dataset.parts") for key in keys for name in key} - inputs
     assert held == {name for name, effect in EFFECTS.items() if effect is Effect.value}
     for key in keys:
