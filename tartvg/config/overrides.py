@@ -60,7 +60,7 @@ def _texts(group: type, path: str) -> Iterator[tuple[str, str]]:
     for name, hint in get_type_hints(group).items():
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from _texts(hint, f"{path}{name}.")
-        elif hint is str or str in get_args(hint):
+        elif bool not in get_args(hint) and (hint is str or str in get_args(hint)):
             yield f"{path}{name}", "list" if str(hint).startswith("list") else "text"
 
 

@@ -229,7 +229,7 @@ def little_memory(base, root, tmp_path):
     def step(folder, margin):
         folder.mkdir()
         module = make_grpo(policy, folder, RUBRIC, settings)
-        module.advantages = lambda group: torch.arange(96.0) % 7 - 3
+        module.advantages = lambda group: (torch.arange(96.0) % 7 - 3)[:, None]
         update = module.update
 
         def limited(losses, step):

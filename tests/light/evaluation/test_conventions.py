@@ -136,6 +136,6 @@ def test_tabulated_scores_of_real_files(tmp_path: Path, capsys: pytest.CaptureFi
     cards = json.loads((tmp_path / "all.json").read_text())["scorecards"]
     for convention, expected in TABULATED[name].items():
         card = cards[convention]
-        found = [card["miou"]["value"], *(card["recall"][t][0] for t in ("0.3", "0.5", "0.7"))]
+        found = [card["miou"]["value"], *(card["recall"][t]["value"] for t in ("0.3", "0.5", "0.7"))]
         for value, tabulated in zip(found, expected, strict=True):
             assert tabulated is None or 100 * value == pytest.approx(tabulated, abs=5e-5), convention

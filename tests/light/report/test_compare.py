@@ -119,7 +119,9 @@ def test_the_budget_counts_a_shared_stage_once(sweep: tuple[Path, Samples]) -> N
 def test_pages_and_files_of_a_sweep(sweep: tuple[Path, Samples]) -> None:
     folder, samples = sweep
     page, tables = build_comparison(read_sweep_folder(folder), samples, folder)
-    assert [t.title for t in tables] == ["Scores by variant", "Differences in mIoU", "Budget"]
+    assert [t.title for t in tables] == [
+        "Scores by variant", "Differences in mIoU", "First and last anchor", "Budget",
+    ]  # fmt: skip
     place = folder / "report"
     for path in (page, *(place / f"{stage}.html" for stage in ("grpo1", "sft", "grpo2"))):
         text = path.read_text("utf-8")
@@ -141,6 +143,7 @@ def test_pages_and_files_of_a_sweep(sweep: tuple[Path, Samples]) -> None:
     assert {p.name for p in place.glob("*.csv")} == {
         "scores_by_variant.csv",
         "differences_in_miou.csv",
+        "first_and_last_anchor.csv",
         "budget.csv",
         "runs.csv",
     }

@@ -63,7 +63,7 @@ def test_each_source_scores_what_it_scores_alone(mixed, alone, run_command, tmp_
         assert card["by_source"][part] == json.loads((folder / "scores.json").read_text())
         own = [p for p in said if p["sample_id"].startswith(f"{part}/")]
         assert [p["text"] for p in own] == [p["text"] for p in rows(folder / "predictions.jsonl")]
-        assert metrics[f"eval/{part}/miou"] == card["by_source"][part]["miou"][0]
+        assert metrics[f"eval/{part}/miou"] == card["by_source"][part]["miou"]["value"]
     assert card["num_queries"] == sum(part["num_queries"] for part in card["by_source"].values())
     run_command(*together, "stage=report")
     report = (tmp_path / "mix/report/report.md").read_text()

@@ -36,7 +36,10 @@ def test_every_training_query_is_measured_and_the_rest_is_trained_on(settings, m
     report = (measured / "m/report/report.md").read_text()
     assert "Queries of grpo1 by the base's mean" in report
     # another rule is another stage, and no rule asks for no measurement
-    assert "its settings or inputs changed" in run_command(*command, *band, "difficulty.low=-100").stdout
+    other = [*command, *band, "difficulty.low=-100"]
+    refused = run_command(*other, check=False)
+    assert refused.returncode == 2 and "difficulty.low -11.0 -> -100.0" in refused.stderr
+    assert "its settings or inputs changed" in run_command(*other, "overwrite=true").stdout
 
 
 @pytest.mark.slow
@@ -44,7 +47,7 @@ def test_every_training_query_is_measured_and_the_rest_is_trained_on(settings, m
     ("overrides", "said"),
     [
         (
-            ["name=m", "difficulty.low=99", "difficulty.high=100"],
+            ["name=m", "difficulty.low=99", "difficulty.high=100", "overwrite=true"],
             "difficulty.keep=band: no query is left (mean IoU in [",
         ),
         (["name=new"], "rollouts/difficulty.jsonl: run stage=rollouts with the same name first"),
