@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tartvg.config import AnchorsConfig, FramesConfig, PolicyConfig, Precision, SettingError
+from tartvg.policy.head import NEVER_SAMPLED
 from tartvg.policy.loading import DTYPES, base_folder, load_adapter, load_base, todays_name
 from tartvg.policy.model_files import ADAPTER_FILE, CONFIG, INDEX, read_header, read_json, weight_files
 from tartvg.policy.patches import MEAN, MERGE, PATCH, STD, TEMPORAL_PATCH
-from tartvg.policy.policy import NEVER_SAMPLED
 from tartvg.prompts import build_prompt
 from tartvg.types import GroundingSample
 
@@ -56,7 +56,7 @@ def merge(settings: PolicyConfig, adapter: Path, target: Path) -> None:
     _refuse_tied_adapter(base, adapter, setting)
     model, _ = load_base(replace(settings, precision=Precision.fp32, attention="sdpa"))
     try:
-        merged = load_adapter(model, adapter, is_reference_kept=False).merge_and_unload(safe_merge=True)
+        merged = load_adapter(model, adapter, settings.lora, is_reference_kept=False).merge_and_unload(safe_merge=True)
     except ValueError as error:
         if isinstance(error, SettingError):
             raise

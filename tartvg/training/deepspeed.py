@@ -49,6 +49,9 @@ class AnyDeviceZero(DeepSpeedStrategy):
     and a C++ extension for messages that DeepSpeed would compile for a minute; gloo does without it.
     """
 
+    model: Any
+    """DeepSpeed's engine while the strategy runs."""
+
     @property
     def _is_cpu(self) -> bool:
         return bool(self.root_device.type == "cpu")

@@ -61,7 +61,7 @@ class Zero3Strategy(AnyDeviceZero):
         """Free the partitions, and restore torch's own linear layer, which ZeRO-3 replaces for good."""
         from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patches
 
-        weights = [] if self.model is None else list(self.model.parameters())
+        weights: list[torch.nn.Parameter] = [] if self.model is None else list(self.model.parameters())
         super().teardown()
         for weight in weights:
             if hasattr(weight, "ds_tensor"):

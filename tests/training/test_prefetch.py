@@ -121,6 +121,7 @@ def test_clips_of_two_batches_or_a_few_more_lie_in_memory(policy, prompts, per_s
 # -- decoders that fail ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_decoders_that_are_killed_while_they_work_ahead_are_replaced(policy, prompts, workers):
     DECODERS.stop()
