@@ -19,6 +19,11 @@ pytestmark = pytest.mark.slow
 DATA = os.environ.get("TARTVG_TEST_DATA")
 
 
+def alone() -> dict[str, str]:
+    """The environment without what leads to the source tree, where pip would find the package installed."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TARTVG_ROOT")}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the committed files and those that git does not ignore, with the setuptools that is here."""
@@ -30,7 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, source / name)
     build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(source)]
-    subprocess.run([sys.executable, *build], check=True, cwd=out)
+    subprocess.run([sys.executable, *build], check=True, cwd=out, env=alone())
     (found,) = out.glob("tartvg-*-py3-none-any.whl")
     return found
 
@@ -42,16 +47,15 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
     install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-compile", str(wheel)]
-    subprocess.run([sys.executable, *install], check=True, cwd=folder)
+    subprocess.run([sys.executable, *install], check=True, cwd=folder, env=alone())
     (site,) = (folder / "lib").glob("python*/site-packages")
     (site / "requirements.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # its own .pth files are not read
     return folder / "bin"
 
 
 def called(installed: Path, folder: Path, command: str, *arguments: str, code: int = 0) -> str:
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TARTVG_ROOT")}
     done = subprocess.run(
-        [str(installed / command), *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=500
+        [str(installed / command), *arguments], cwd=folder, env=alone(), capture_output=True, text=True, timeout=500
     )
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
