@@ -178,7 +178,7 @@ def read_files(
 
 
 def _is_carved(source: Source, root: Path, split: str) -> bool:
-    """Whether a split is a part of the training file in `root`."""
+    """Return whether a split is a part of the training file in `root`."""
     return split != "test" and source.is_carved and _present(root, source.val) is None
 
 

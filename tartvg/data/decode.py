@@ -80,7 +80,7 @@ def display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
 
 
 def is_sideways(matrix: tuple[int, int, int, int]) -> bool:
-    """Whether the matrix exchanges height and width."""
+    """Return whether the matrix exchanges height and width."""
     return matrix[1] != 0
 
 

@@ -167,7 +167,7 @@ def scan(path: Path, deadline: float = float("inf")) -> PacketTable:
 
 
 def is_end(packet: Packet) -> bool:
-    """Whether this is the packet behind the last one, which asks the decoder for the rest. One of 0 bytes has times."""
+    """Return whether this is the packet behind the last one, which flushes the decoder. One of 0 bytes has times."""
     return not packet.size and packet.pts is None and packet.dts is None
 
 
@@ -263,7 +263,7 @@ def _refused_format(path: Path) -> str | None:
 
 
 def _are_even(times: list[float], gap: float) -> bool:
-    """Whether several frames at `times` (ascending) are all about `gap` apart."""
+    """Return whether several frames at `times` (ascending) are all about `gap` apart."""
     return len(times) > 2 and all(abs(b - a - gap) <= VARIABLE_SPACING * gap for a, b in pairwise(times))
 
 
@@ -277,7 +277,7 @@ def _mean_gap(times: list[float], base: Fraction, rate: float) -> float:
 
 
 def has_variable_rate(times: list[float]) -> bool:
-    """Whether frames at `times` (seconds, ascending) are unevenly spaced, beyond a dropped frame here and there."""
+    """Return whether frames at `times` (seconds, ascending) are unevenly spaced, beyond a few dropped frames."""
     gaps = [later - earlier for earlier, later in pairwise(times)]
     if len(gaps) < 2:
         return False

@@ -189,7 +189,7 @@ def _mask(shape: str, x: float, y: float, radius: float) -> np.ndarray:
 
 
 def is_within(spans: tuple[Span, ...], time: float) -> bool:
-    """Whether one of the half-open spans covers `time`."""
+    """Return whether one of the half-open spans covers `time`."""
     return any(s.start <= time < s.end for s in spans)
 
 

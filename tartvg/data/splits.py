@@ -17,7 +17,7 @@ VALIDATION_SHARE = 0.05
 
 
 def is_validation_video(name: str, share: float = VALIDATION_SHARE) -> bool:
-    """Whether a training video (its name without the ending) belongs to the carved validation split."""
+    """Return whether a training video (its name without the ending) belongs to the carved validation split."""
     number = int.from_bytes(hashlib.sha256(f"tartvg-validation/{name}".encode()).digest()[:8], "big")
     return number < share * 2**64
 

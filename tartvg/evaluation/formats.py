@@ -176,7 +176,7 @@ def _values(text: str, path: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _is_json(line: str) -> bool:
-    """Whether a line is a value of its own; what is wrong inside it is told later, with the number of the line."""
+    """Return whether a line is a value of its own; what is wrong inside it is said later, with its number."""
     try:
         json.loads(line)
     except (ValueError, RecursionError):
@@ -316,7 +316,7 @@ def _target(value: Any, where: str) -> Span | None:
 
 
 def _is_list(value: Any) -> TypeGuard[list[Any]]:
-    """Whether it is a list with something in it."""
+    """Return whether it is a list with something in it."""
     return isinstance(value, list) and bool(value)
 
 

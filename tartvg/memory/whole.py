@@ -37,7 +37,7 @@ class WholeUpdates:
         return short * (1 - x) + long * x
 
     def __call__(self, num_prompt: int, num_completion: int) -> bool:
-        """Whether the group fits."""
+        """Return whether the group fits."""
         return self.bytes(num_prompt, num_completion) <= self.budget
 
     def __str__(self) -> str:

@@ -15,7 +15,7 @@ from tartvg.policy.sampling import stream_seed
 
 
 def shuffled(prepared: PreparedPrompt) -> PreparedPrompt:
-    """The same prompt about the same frames in another order, a fixed one for each sample; positions stay.
+    """Reorder the frames of a prompt, in a fixed order for each sample; positions stay.
 
     The vision tower sees each temporal grid step by itself, so features may be reordered in place of frames: the result
     is what encoding the reordered pairs of frames gives, without decoding or encoding anything again.
@@ -27,7 +27,7 @@ def shuffled(prepared: PreparedPrompt) -> PreparedPrompt:
 
 
 def in_order(video: VideoFeatures, order_T: torch.Tensor) -> VideoFeatures:
-    """The features of a video whose grid step t shows what step `order_T[t]` showed."""
+    """Reorder the features of a video, so that grid step t shows what step `order_T[t]` showed."""
     steps = video.grid_thw[0]
     assert sorted(order_T.tolist()) == list(range(steps)), "an order holds every step once"
     by_step_TN = video.embeddings.unflatten(0, (steps, -1))

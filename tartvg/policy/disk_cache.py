@@ -52,7 +52,7 @@ class DiskCache:
         return self.path_of(key).is_file()
 
     def get(self, key: Hashable) -> VideoFeatures | None:
-        """The entry, now the most recently used one; None where there is none that can be trusted."""
+        """Return the entry, now the most recently used one; None where there is none that can be trusted."""
         path = self.path_of(key)
         try:
             content = path.read_bytes()
@@ -94,7 +94,7 @@ class DiskCache:
             self._has_failed = True
 
     def path_of(self, key: Hashable) -> Path:
-        """Where the entry of `key` lies: its name is a hash, so nothing of a video's name reaches the file system."""
+        """Return the file of `key`: its name is a hash, so nothing of a video's name reaches the file system."""
         return self.folder / (hashlib.sha256(self._text(key).encode()).hexdigest()[:32] + SUFFIX)
 
     def _text(self, key: Hashable) -> str:
@@ -130,7 +130,7 @@ def tower_identity(tower: torch.nn.Module, *settings: object) -> str:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """The content as a buffer; numpy has no bf16."""
+    """View the content as a buffer; numpy has no bf16."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
@@ -163,7 +163,7 @@ def _unpack(content: bytes, text: str) -> VideoFeatures:
 
 
 def disk_cache(settings: PolicyConfig, tower: torch.nn.Module) -> DiskCache | None:
-    """The cache in `policy.feature_cache_dir`; None where there is none."""
+    """Open the cache in `policy.feature_cache_dir`; None where none is set."""
     if settings.feature_cache_dir is None:
         return None
     identity = tower_identity(tower, settings.attention)

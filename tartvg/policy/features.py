@@ -48,7 +48,7 @@ class FeatureCache:
         return key in self.entries
 
     def get(self, key: Hashable) -> VideoFeatures | None:
-        """The entry, now the most recently used one."""
+        """Return the entry, now the most recently used one."""
         if key in self.entries:
             self.entries.move_to_end(key)
         return self.entries.get(key)

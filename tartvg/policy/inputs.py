@@ -62,7 +62,7 @@ def clip_patches(clip: Clip) -> ClipPatches:
 
 
 def chat_text(tokenizer: Any, user_text: str) -> str:
-    """The user turn (text, then the video) in the model's own chat template, up to the assistant's first token.
+    """Render the user turn (text, then the video) in the model's own chat template, up to the assistant's first token.
 
     Marks of special tokens inside the text are broken up: a query can never open a turn or inject a video.
     """

@@ -63,12 +63,12 @@ OLD_NAMES = (
 
 
 def embedded_path() -> Path:
-    """The folder of the tiny base that ships in the package."""
+    """Return the folder of the tiny base that ships in the package."""
     return Path(str(resources.files("tartvg") / "assets" / "tiny"))
 
 
 def base_path(settings: PolicyConfig) -> str:
-    """Where the base model lies: a folder or a Hub id."""
+    """Return where the base model lies: a folder or a Hub id."""
     if settings.path != EMBEDDED_TINY:
         return settings.path
     path = embedded_path()
@@ -154,7 +154,7 @@ def _fault_of(tokenizer: Any, config: Qwen2_5_VLConfig) -> str | None:
 
 
 def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
-    """The frozen base model in eval mode, and its tokenizer.
+    """Load the frozen base model in eval mode, and its tokenizer.
 
     Raises SettingError for files that cannot be used (`checked_base`), and when a weight is missing, unexpected, of
     another shape or contradicts the tying of the head: the library would only warn and train on random numbers.
@@ -187,7 +187,7 @@ def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneratio
 
 
 def new_adapter(model: Any, settings: LoraConfig, seed: int) -> peft.PeftModel:
-    """A fresh LoRA adapter on the language model, or on the tower too; it starts as the identity."""
+    """Add a fresh LoRA adapter to the language model, or to the tower too; it starts as the identity."""
     torch.manual_seed(seed)
     config = peft.LoraConfig(
         r=settings.rank,
@@ -203,7 +203,7 @@ def new_adapter(model: Any, settings: LoraConfig, seed: int) -> peft.PeftModel:
 
 
 def load_adapter(model: Any, folder: Path, settings: LoraConfig, *, is_reference_kept: bool) -> peft.PeftModel:
-    """An adapter from a run's folder, trainable; with `is_reference_kept` also a frozen copy named `reference`.
+    """Load a trainable adapter from a run's folder; with `is_reference_kept` also a frozen copy named `reference`.
 
     Raises SettingError for a folder without a readable LoRA adapter, and for one of another base.
     """
@@ -304,7 +304,7 @@ def _refuse_names(expected: Set[str], found: Set[str], where: str) -> None:
 
 
 def save_adapter(model: peft.PeftModel, folder: Path, base: str, state: dict[str, torch.Tensor] | None = None) -> None:
-    """The trained adapter alone, in PEFT's own format, so that plain `PeftModel.from_pretrained` reads it.
+    """Save the trained adapter alone, in PEFT's own format, so that plain `PeftModel.from_pretrained` reads it.
 
     `state` replaces the model's own weights where training has split them over processes.
     """

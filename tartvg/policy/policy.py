@@ -159,12 +159,12 @@ class Policy(torch.nn.Module):
         return features
 
     def has_features(self, path: Path) -> bool:
-        """Whether the features of a file are cached, so that nothing has to be decoded."""
+        """Return whether the features of a file are cached, so that nothing has to be decoded."""
         key = self._key(path)
         return key is not None and (key in self.cache or (self.disk is not None and key in self.disk))
 
     def _key(self, path: Path) -> Hashable | None:
-        """Of the features of a file; None where they cannot be cached."""
+        """Return the cache key of a file's features; None where they cannot be cached."""
         if self.is_tower_trainable or not path.is_file():
             return None
         return video_key(path, self.settings.frames, self.device.type)
@@ -188,7 +188,7 @@ class Policy(torch.nn.Module):
         return any(p.requires_grad for p in self.core.model.visual.parameters())
 
     def _encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
-        """One pass of the vision tower: (N, 1176) -> (video tokens, hidden)."""
+        """Run the vision tower once: (N, 1176) -> (video tokens, hidden)."""
         grid = torch.tensor([grid_thw], device=self.device)
         return torch.cat(tuple(self.core.model.get_video_features(patches.to(self.device), grid).pooler_output))
 
@@ -320,14 +320,14 @@ class Policy(torch.nn.Module):
         return torch.cat([last, states], dim=1)
 
     def is_checkpointed(self, num_prompt: int, num_completion: int) -> bool:
-        """Whether the layers of a group of so many tokens run twice. It depends on nothing else: KL compares passes."""
+        """Return whether the layers of a group of so many tokens run twice. Nothing else counts: KL compares passes."""
         value = self.settings.activation_checkpointing
         if isinstance(value, bool):
             return value
         return self.fits_whole is None or not self.fits_whole(num_prompt, num_completion)
 
     def _naive(self, prepared: PreparedPrompt, tokens: TokenBatch) -> Tensor:
-        """The same states from G whole sequences, without any cache."""
+        """Compute the same states from G whole sequences, without any cache."""
         group, length = tokens.ids.shape
         new = length - 1
         before = self._embed_prompt(prepared).expand(group, -1, -1)

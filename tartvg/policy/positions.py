@@ -44,5 +44,5 @@ def prompt_positions(
 
 
 def next_position(positions: Tensor) -> int:
-    """The position of the token that follows (3, S): the largest one so far plus one."""
+    """Return the position of the token that follows (3, S): the largest one so far plus one."""
     return int(positions.max()) + 1

@@ -151,7 +151,7 @@ def joined_attention(
 def copied_attention(
     query: Tensor, prompt_key: Tensor, prompt_value: Tensor, key: Tensor, value: Tensor, scale: float
 ) -> Tensor:
-    """The same numbers from G copies of the prompt's keys and values, one per query head."""
+    """Compute the same numbers from G copies of the prompt's keys and values, one per query head."""
     (group, heads, length, _), before = query.shape, prompt_key.shape[2]
     keys = torch.cat([prompt_key.expand(group, -1, -1, -1), key], dim=2)
     values = torch.cat([prompt_value.expand(group, -1, -1, -1), value], dim=2)
@@ -162,7 +162,7 @@ def copied_attention(
 
 @lru_cache(maxsize=8)
 def is_exact(device: torch.device, dtype: torch.dtype, width: int, repeats: int) -> bool:
-    """Whether joined attention runs here and agrees with attention over copies, in values and gradients.
+    """Return whether joined attention runs here and agrees with attention over copies, in values and gradients.
 
     Agreement is to 1e-5 (float32) or 2e-2 (16 bits) of the largest number, for heads of that width of which `repeats`
     read the same key. Asked once per device, type and shape, with real numbers also where the caller's have none
@@ -219,7 +219,7 @@ def prefix_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
     prefix: PrefixCache, **__: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """For the library's decoder layers: query (G, H, T, D); key, value (G, K, T, D). Returns (G, T, H, D)."""
+    """Attend in the library's decoder layers: query (G, H, T, D); key, value (G, K, T, D). Returns (G, T, H, D)."""
     layer = module.layer_idx
     out = joined_attention(query, prefix.keys[layer], prefix.values[layer], key, value, scaling)
     return out.transpose(1, 2), None
@@ -239,7 +239,7 @@ def suffix_mask(before: int, own: int, attention: str, device: torch.device) -> 
 
 
 def _seen(before: int, own: int, device: torch.device) -> Tensor:
-    """What each of T tokens behind L others may see: bool (T, L + T)."""
+    """Mask what each of T tokens behind L others may see: bool (T, L + T)."""
     return torch.ones(own, before + own, dtype=torch.bool, device=device).tril(before)
 
 

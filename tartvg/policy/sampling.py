@@ -35,7 +35,7 @@ def restrict(logits: Tensor, settings: SamplingConfig) -> Tensor:
 
 
 def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """One token per row by inverting the cumulative distribution: (R, V) and (R,) in [0, 1) -> int64 (R,).
+    """Draw one token per row by inverting the cumulative distribution: (R, V) and (R,) in [0, 1) -> int64 (R,).
 
     A row's token depends on its own number only, so a rollout does not change with the batch that it is drawn in.
     """
@@ -57,11 +57,11 @@ def uniforms(seeds: Sequence[int], group_size: int, num_tokens: int) -> Tensor:
 
 
 def greedy(settings: SamplingConfig) -> SamplingConfig:
-    """The same limits, without randomness."""
+    """Keep the limits, without randomness."""
     return replace(settings, temperature=0.0, top_p=1.0, top_k=0)
 
 
 def stream_seed(*parts: object) -> int:
-    """A seed that depends on all parts and on nothing else: rollouts survive a restart unchanged."""
+    """Derive a seed from all parts and nothing else, so that rollouts survive a restart unchanged."""
     digest = hashlib.sha256("\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -100,12 +100,12 @@ class Comparison:
 
 
 def is_sweep(folder: Path) -> bool:
-    """Whether a folder holds the jobs of a sweep. A single run may lie in the same folder."""
+    """Return whether a folder holds the jobs of a sweep. A single run may lie in the same folder."""
     return next(_jobs(folder), None) is not None
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is a run's: it holds stages, or what became of its job."""
+    """Return whether a folder is a run's: it holds stages, or what became of its job."""
     return _has_stages(folder) or (folder / JOB).is_file()
 
 

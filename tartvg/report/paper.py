@@ -43,7 +43,7 @@ NOTES = {
 
 
 def repeats_paper(choices: Sequence[str]) -> bool:
-    """Whether a row repeats the paper's method; `choices` are the overrides that tell it from the other rows."""
+    """Return whether a row repeats the paper's method; `choices` are the overrides that tell it from the other rows."""
     return bool(choices) and all(choice in STATED | LEFT_OPEN for choice in choices)
 
 

@@ -96,7 +96,7 @@ def question_of(prediction: Prediction) -> Question:
 
 
 def are_alike(first: Sequence[Prediction], second: Sequence[Prediction]) -> bool:
-    """Whether two policies answered the same questions: they share some, and none that is another one in each."""
+    """Return whether two policies answered the same questions: they share some, and none differs."""
     asked = {p.sample_id: question_of(p) for p in first}
     common = [p for p in second if p.sample_id in asked]
     return bool(common) and all(question_of(p) == asked[p.sample_id] for p in common)

@@ -146,7 +146,7 @@ def _tail(path: Path) -> list[dict[str, Any]]:
 
 
 def is_moved_aside(folder: Path) -> bool:
-    """Whether a stage's folder holds what other settings gave; tartvg/stages/folder.py renames it so."""
+    """Return whether a stage's folder holds what other settings gave; tartvg/stages/folder.py renames it so."""
     return _MOVED_ASIDE.fullmatch(folder.name) is not None
 
 
