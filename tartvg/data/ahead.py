@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from queue import SimpleQueue
@@ -38,7 +38,7 @@ def ahead(
         return
     tasks: SimpleQueue[tuple[Reply, Item] | None] = SimpleQueue()
     begun: deque[tuple[Batch, dict[Item, Reply]]] = deque()
-    is_over = threading.Event()
+    is_over = False
 
     def begin() -> None:
         while not begun or (len(begun) < num_ahead and sum(len(replies) for _, replies in begun) < num_ahead):
@@ -52,7 +52,7 @@ def ahead(
 
     def work() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SENT)  # these are for the main thread, which they wake up
-        while (task := tasks.get()) is not None and not is_over.is_set():
+        while (task := tasks.get()) is not None and not is_over:
             reply, item = task
             try:
                 reply.put((function(item), None))
@@ -63,7 +63,8 @@ def ahead(
     try:
         for _ in range(num_threads):
             # Not a ThreadPoolExecutor: the end of the interpreter waits for its threads, which wait for a decoder.
-            threading.Thread(target=work, daemon=True).start()
+            # Nor a threading.Thread: its start waits in Python, as a Future does.
+            _thread.start_new_thread(work, ())
         begin()
         while begun:
             batch, replies = begun.popleft()
@@ -72,7 +73,7 @@ def ahead(
             yield batch, results
             del results
     finally:
-        is_over.set()
+        is_over = True
         for _ in range(num_threads):
             tasks.put(None)
 

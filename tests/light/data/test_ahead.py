@@ -23,7 +23,7 @@ def test_a_signal_while_waiting_raises_what_its_handler_raises():
     try:
         for _ in range(400):
             with contextlib.suppress(Asked):
-                signal.setitimer(signal.ITIMER_REAL, 2e-4 + 2e-3 * rng.random())
+                signal.setitimer(signal.ITIMER_REAL, 2e-5 + 2e-3 * rng.random())
                 try:
                     for _, found in ahead(range(1000), lambda index: [index], lambda _: time.sleep(1e-5), 2, 2):
                         assert found
