@@ -5,7 +5,7 @@ Every function takes two spans and never raises on finite numbers; a reversed sp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from tartvg.types import Span
@@ -76,6 +76,26 @@ def refinement(anchors: Sequence[Span], windows: Sequence[Span]) -> Refinement:
     before, after = (max(soft_iou(anchor, window) for window in windows) for anchor in (first, last))
     is_exact = any(is_same(first, window) for window in windows)
     return Refinement(ious[0], ious[-1], max(ious), is_same(first, last), is_exact, (after > before) - (after < before))
+
+
+def refinement_rates(found: Sequence[Refinement]) -> dict[str, float]:
+    """Shares in [0, 1] of answers; 0 of none. The last two are of those whose first anchor can be refined.
+
+    equal_rate: the last anchor repeats the first; first_exact_rate: the first is the truth; inexact_refined_rate and
+    inexact_worsened_rate: the last is closer to the truth than the first, and farther from it.
+    """
+    inexact = [r for r in found if not r.is_first_exact]
+    return {
+        "equal_rate": _share(r.is_equal for r in found),
+        "first_exact_rate": _share(r.is_first_exact for r in found),
+        "inexact_refined_rate": _share(r.trend > 0 for r in inexact),
+        "inexact_worsened_rate": _share(r.trend < 0 for r in inexact),
+    }
+
+
+def _share(flags: Iterable[bool]) -> float:
+    values = list(flags)
+    return sum(values) / len(values) if values else 0.0
 
 
 def clip(span: Span, duration: float) -> Span:

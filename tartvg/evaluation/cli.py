@@ -137,7 +137,7 @@ def _check_place(path: Path) -> None:
 
 @dataclass(frozen=True)
 class _Read:
-    """The files of a command line, read under its convention."""
+    """The files of a command line, read under a convention."""
 
     annotations: Annotations
     predictions: list[Predictions]
@@ -147,10 +147,12 @@ class _Read:
     """Of each prediction file, those that answer one of the `samples`."""
 
 
-def _read(options: Options) -> _Read:
-    convention = options.convention
-    late_windows: LateWindows = "clip" if convention.is_clipped else "keep"
-    annotations = read_files(options.dataset, options.annotations, options.split, late_windows=late_windows)
+def _annotations(options: Options, is_clipped: bool) -> Annotations:
+    late_windows: LateWindows = "clip" if is_clipped else "keep"
+    return read_files(options.dataset, options.annotations, options.split, late_windows=late_windows)
+
+
+def _read(options: Options, convention: Convention, annotations: Annotations) -> _Read:
     read = [read_predictions(path, annotations.samples, convention.reading) for path in options.predictions]
     samples = _denominator(annotations, read, convention.is_only_predicted)
     ids = {s.sample_id for s in samples}
@@ -162,7 +164,8 @@ def _read(options: Options) -> _Read:
 
 def evaluate(options: Options) -> Report:
     """Read and score. Raises ValueError naming what cannot be used."""
-    read, convention = _read(options), options.convention
+    convention = options.convention
+    read = _read(options, convention, _annotations(options, convention.is_clipped))
     files = tuple(
         _score_file(path, predictions, items, read.samples, options)
         for path, predictions, items in zip(options.predictions, read.predictions, read.answers, strict=True)
@@ -189,9 +192,10 @@ def evaluate(options: Options) -> Report:
 def evaluate_under_all(options: Options) -> ConventionReport:
     """Score one prediction file under every convention, without intervals. Raises ValueError as `evaluate` does."""
     path = options.predictions[0]
+    annotations = {is_clipped: _annotations(options, is_clipped) for is_clipped in (True, False)}
     cards = {}
     for name, convention in CONVENTIONS.items():
-        read = _read(replace(options, convention=convention))
+        read = _read(options, convention, annotations[convention.is_clipped])
         cards[name] = score(
             read.samples, read.answers[0], ALL_THRESHOLDS, convention.rule, convention.is_strict, resamples=0
         )

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tartvg.records import to_json
-from tartvg.spans import iou, iou_with_union, refinement, soft_iou
+from tartvg.spans import iou, iou_with_union, refinement, refinement_rates, soft_iou
 from tartvg.types import Estimate, Fault, GroundingSample, Prediction, Scorecard, Span
 
 Rule = Literal["best", "first", "union"]
@@ -222,15 +222,10 @@ def _refinements(p: Prediction, sample: GroundingSample) -> list[bool]:
 
 def _first_and_last(greedy: Sequence[Prediction], by_id: Mapping[str, GroundingSample]) -> dict[str, float]:
     anchored = [(p, refinement(p.anchors, by_id[p.sample_id].windows)) for p in greedy if p.anchors]
-    several = [found for p, found in anchored if len(p.anchors) >= 2]
-    inexact = [found for found in several if not found.is_first_exact]
     return {
         "first_iou": _mean([found.first for _, found in anchored]),
         "last_iou": _mean([found.last for _, found in anchored]),
-        "equal_rate": _mean([found.is_equal for found in several]),
-        "first_exact_rate": _mean([found.is_first_exact for found in several]),
-        "inexact_refined_rate": _mean([found.trend > 0 for found in inexact]),
-        "inexact_worsened_rate": _mean([found.trend < 0 for found in inexact]),
+        **refinement_rates([found for p, found in anchored if len(p.anchors) >= 2]),
     }
 
 

@@ -93,8 +93,8 @@ def grpo_loss(inputs: LossInputs, settings: LossSettings, normaliser: float | Te
     least. Log-ratios are clamped to +-20 nats, so the result is finite whenever the unmasked inputs are.
 
     Metrics: loss/total = loss/policy + kl_coef * loss/kl (unless `kl_coef_GT` weights tokens apart), all three
-    aggregated alike; loss/clip_fraction, the share
-    of tokens whose clipped branch is the smaller; loss/ratio_mean and loss/ratio_max over tokens (0 without tokens).
+    aggregated alike; loss/clip_fraction, the share of tokens whose clipped branch is the smaller; loss/ratio_mean and
+    loss/ratio_max over tokens (0 without tokens).
     Raises ValueError when kl_coef > 0 and there is no reference. Source: arXiv 2508.07683, GRPO objective.
     """
     if settings.kl_coef > 0 and inputs.ref_logps_GT is None:

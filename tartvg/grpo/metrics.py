@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import fmean, pstdev
 
-from tartvg.spans import Refinement, refinement
+from tartvg.spans import refinement, refinement_rates
 from tartvg.types import Fault, Rollout, RolloutGroup
 
 
@@ -51,7 +51,8 @@ def _pooled_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, fl
         "reward/total_mean": fmean(r.total for r in rewards),
         "reward/total_std": pstdev([r.total for r in rewards]),
         **{f"reward/{name}_mean": fmean(r.terms[name] for r in rewards) for name in rewards[0].terms},
-        **_anchor_metrics(rollouts, groups, target),
+        **_anchor_metrics(rollouts, target),
+        **_first_and_last(groups, target),
         "group/zero_variance_rate": _rate(min(group) == max(group) for group in totals),
         "group/reward_std_mean": fmean(pstdev(group) for group in totals),
         "rollout/entropy": -sum(sum(r.completion.logps) for r in rollouts) / max(1, sum(lengths)),
@@ -78,7 +79,7 @@ def _source_metrics(groups: Sequence[RolloutGroup], target: int) -> dict[str, fl
     return found
 
 
-def _anchor_metrics(rollouts: Sequence[Rollout], groups: Sequence[RolloutGroup], target: int) -> dict[str, float]:
+def _anchor_metrics(rollouts: Sequence[Rollout], target: int) -> dict[str, float]:
     well_formed = [r.response.num_anchors if r.reward.terms["format"] == 1.0 else 0 for r in rollouts]
     answered = [r.response for r in rollouts if r.response.answer is not None]
     return {
@@ -91,26 +92,22 @@ def _anchor_metrics(rollouts: Sequence[Rollout], groups: Sequence[RolloutGroup],
         "anchors/answer_match_rate": _rate(
             bool(response.anchors) and Fault.ANSWER_MISMATCH not in response.faults for response in answered
         ),
-        **_first_and_last([
-            refinement(r.response.anchors, group.prompt.sample.windows)
-            for group in groups
-            for r in group.rollouts
-            if r.response.num_anchors >= min(2, target)
-        ]),
-    }  # fmt: skip
+    }
 
 
-def _first_and_last(found: Sequence[Refinement]) -> dict[str, float]:
-    inexact = [r for r in found if not r.is_first_exact]
+def _first_and_last(groups: Sequence[RolloutGroup], target: int) -> dict[str, float]:
+    found = [
+        refinement(r.response.anchors, group.prompt.sample.windows)
+        for group in groups
+        for r in group.rollouts
+        if r.response.num_anchors >= min(2, target)
+    ]
     return {
         "anchors/first_iou_mean": _mean([r.first for r in found]),
         "anchors/last_iou_mean": _mean([r.last for r in found]),
         "anchors/gain_mean": _mean([r.last - r.first for r in found]),
         "anchors/held_back_mean": _mean([r.best - r.first for r in found]),
-        "anchors/equal_rate": _rate(r.is_equal for r in found),
-        "anchors/first_exact_rate": _rate(r.is_first_exact for r in found),
-        "anchors/inexact_refined_rate": _rate(r.trend > 0 for r in inexact),
-        "anchors/inexact_worsened_rate": _rate(r.trend < 0 for r in inexact),
+        **{f"anchors/{name}": rate for name, rate in refinement_rates(found).items()},
     }
 
 

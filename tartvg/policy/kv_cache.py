@@ -3,8 +3,9 @@
 Legend: P prompts, G rollouts per prompt, R = P * G rows, K key/value heads, D head width,
 L prompt length (padded to the longest), T completion length, or places for one.
 
-The three caches are the `past_key_values` of the library's decoder layers, which call `update` and attend to what it
-returns. None of them copies the prompt G times while sampling.
+`PrefixCache` and `ExpandedCache` are the `past_key_values` of the library's decoder layers, which call `update` and
+attend to what it returns; `DecodeCache` serves the same call of our own (`tartvg.policy.decode_layers`). None of them
+copies the prompt G times while sampling.
 """
 
 from __future__ import annotations
@@ -107,10 +108,6 @@ class DecodeCache:
         self.new_keys[layer].index_copy_(2, self.place, keys)
         self.new_values[layer].index_copy_(2, self.place, values)
         return self.new_keys[layer], self.new_values[layer]
-
-    def get_seq_length(self, *_: Any) -> int:
-        """Prompt tokens and places."""
-        return int(self.keys[0].shape[2]) + self.num_places
 
     def grow(self) -> None:
         """Add places behind the ones that are there."""

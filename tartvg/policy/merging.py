@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tartvg.config import AnchorsConfig, FramesConfig, PolicyConfig, Precision, SettingError
-from tartvg.policy.head import NEVER_SAMPLED
+from tartvg.policy.head import never_sampled
 from tartvg.policy.loading import DTYPES, base_folder, load_adapter, load_base, todays_name
 from tartvg.policy.model_files import ADAPTER_FILE, CONFIG, INDEX, read_header, read_json, weight_files
 from tartvg.policy.patches import MEAN, MERGE, PATCH, STD, TEMPORAL_PATCH
@@ -123,11 +123,10 @@ def write_usage(
     config = read_json(target / CONFIG, str(target))
     size = int((config.get("text_config") or config)["vocab_size"])
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
-    banned = sorted({tokenizer.convert_tokens_to_ids(token) for token in NEVER_SAMPLED} - {tokenizer.unk_token_id})
     _write(target / "generation_config.json", {
         "do_sample": False, "eos_token_id": ends, "pad_token_id": ends[1], "max_new_tokens": max_new_tokens,
         # as in training: no video inside an answer, no row of the head beyond the tokenizer's words
-        "suppress_tokens": [*banned, *range(len(tokenizer), size)],
+        "suppress_tokens": [*sorted(never_sampled(tokenizer)), *range(len(tokenizer), size)],
     })  # fmt: skip
     pixels = {"min_pixels": frames.min_pixels, "max_pixels": frames.max_pixels}
     sizes = {"size": {"shortest_edge": frames.min_pixels, "longest_edge": frames.max_pixels}}

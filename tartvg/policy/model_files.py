@@ -87,8 +87,7 @@ def weight_files(folder: Path, setting: str) -> list[Path]:
             f"{setting}: neither {WEIGHTS} nor {INDEX} in this folder: save the model as safetensors; other forms "
             "(.bin, .pt) may hold pickled Python objects, which run code when they are read, and are refused"
         )
-    names = read_json(folder / INDEX, setting).get("weight_map")
-    shards = sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
+    shards = _shards(folder, setting)
     if not shards or any(Path(name).name != name for name in shards):
         raise SettingError(f"{setting}: {INDEX} has no weight_map of weights to files beside it: fetch it again")
     missing = [name for name in shards if not (folder / name).is_file()]
@@ -96,6 +95,12 @@ def weight_files(folder: Path, setting: str) -> list[Path]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise SettingError(f"{setting}: {missing[0]}{more} of {len(shards)} files is missing: fetch the rest")
     return [folder / name for name in shards]
+
+
+def _shards(folder: Path, setting: str) -> list[str]:
+    """The names of files in an index; none where it has no map of weights to files. Raises SettingError."""
+    names = read_json(folder / INDEX, setting).get("weight_map")
+    return sorted({str(name) for name in names.values()}) if isinstance(names, dict) else []
 
 
 def read_header(file: Path, setting: str) -> dict[str, Any]:
@@ -175,10 +180,8 @@ def hub_folder(name: str, revision: str | None, setting: str) -> Path:
         raise SettingError(f"{setting}: there is no such folder{hint}")
     folder = _fetch(name, revision, SMALL_FILES, setting)
     check_small_files(folder, setting)
-    is_sharded = (folder / INDEX).is_file()
-    names = read_json(folder / INDEX, setting).get("weight_map") if is_sharded else None
-    shards = sorted({str(shard) for shard in names.values()}) if isinstance(names, dict) else [WEIGHTS]
-    return _fetch(name, revision, [*SMALL_FILES, *shards], setting)
+    shards = _shards(folder, setting) if (folder / INDEX).is_file() else []
+    return _fetch(name, revision, [*SMALL_FILES, *(shards or [WEIGHTS])], setting)
 
 
 def _fetch(name: str, revision: str | None, patterns: list[str], setting: str) -> Path:

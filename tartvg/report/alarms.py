@@ -21,5 +21,5 @@ def alarms_table(run_dir: Path) -> Table | None:
             )
     if not rows:
         return None
-    note = "Each begins at its step; tartvg/config/monitors.py says what the bounds mean."
+    note = "Each begins at its step; tartvg/monitors.py says what the bounds mean."
     return Table("Alarms", ("Stage", "Monitor", "Step", "Value", "What it says"), tuple(rows), note)

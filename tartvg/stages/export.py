@@ -19,7 +19,7 @@ from tartvg.policy.policy import Policy, PreparedPrompt, token_batch
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import write_atomic
 from tartvg.report.model_card import CardFacts, ScoredPolicy, Shift, in_words, model_card, training_behind
-from tartvg.stages.common import BASE, base_identity, first_of, load_policy, prompts_of
+from tartvg.stages.common import BASE, base_identity, first_of, free_finished_policies, load_policy, prompts_of
 from tartvg.stages.folder import StageFolder, read_manifest, run_dir
 from tartvg.stages.ground import trained_adapter
 from tartvg.stages.keys import data_identity, fingerprint, settings_of
@@ -87,8 +87,7 @@ def _export(config: Config, adapter: Path, target: Path) -> None:
     said = _answers(policy, asked, config)
     tokenizer = policy.tokenizer
     del policy
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_finished_policies()
     merge(config.policy, adapter, target)
     prompt = write_usage(
         tokenizer, base_folder(config.policy), target, config.policy.frames, config.anchors,

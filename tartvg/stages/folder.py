@@ -131,8 +131,8 @@ class StageFolder:
     def work(self, patience_s: float = 0.0) -> Iterator[bool]:
         """Yields False when there is nothing to do; else the block does the stage, and leaving it marks it finished.
 
-        Of several ranks, rank 0 decides and writes, and all leave together. Raises
-        SettingError when another process is in the folder and stays for `patience_s` seconds.
+        Of several ranks, rank 0 decides and writes, and all leave together. Raises SettingError when another process is
+        in the folder and stays for `patience_s` seconds.
         """
         if not distributed.is_rank_zero():
             yield bool(distributed.receive())

@@ -54,9 +54,8 @@ def run_grpo(config: Config, stage: str) -> None:
 
 def key_of(config: Config, stage: str, start: Path | None) -> dict[str, Any]:
     """What the stage's result depends on. The filter and the other stage's steps are no part of it."""
-    found = settings_of(config, "policy", "anchors", "reward", "grpo", "seed")
+    found = settings_of(config, "policy", "dataset.parts", "anchors", "reward", "grpo", "seed")
     own = STEPS[stage == "grpo2"]
-    found |= {f"dataset.parts.{part}": weight for part, weight in config.dataset.parts.items()}
     return {
         **{name: value for name, value in found.items() if name not in STEPS}, own: config.grpo.steps_of(stage),
         **train_data(config), **validation_key(config), **difficulty_key(config), "base": base_identity(config),

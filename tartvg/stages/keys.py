@@ -94,12 +94,16 @@ def _hash_of(files: Iterable[Path]) -> str:
 
 
 def settings_of(config: Config, *wanted: str) -> dict[str, Any]:
-    """The settings of some groups (`grpo`), and single ones (`seed`), whose value changes a result; by name."""
-    return {
-        name: to_json(value)
-        for name, value, effect in flattened(config)
-        if effect is Effect.value and any(name == w or name.startswith(f"{w}.") for w in wanted)
-    }
+    """The settings of some groups (`grpo`), and single ones (`seed`), whose value changes a result; by name.
+
+    A map (`dataset.parts`) gives an entry for each of its items, and none where it is empty.
+    """
+    found: dict[str, Any] = {}
+    for name, value, effect in flattened(config):
+        if effect is Effect.value and any(name == w or name.startswith(f"{w}.") for w in wanted):
+            items = {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+            found |= {key: to_json(item) for key, item in items.items()}
+    return found
 
 
 def data_identity(samples: Iterable[GroundingSample]) -> str:

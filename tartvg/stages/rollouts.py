@@ -44,13 +44,11 @@ def run_rollouts(config: Config) -> None:
 
 def key_of(config: Config) -> dict[str, Any]:
     """What the rollouts depend on: nothing that concerns learning."""
-    length = "difficulty.passes" if config.difficulty.passes else "grpo.max_steps"
+    order = ["difficulty.passes"] if config.difficulty.passes else ["grpo.max_steps", "dataset.parts"]
     found = settings_of(
         config, "policy", "anchors", "reward", "grpo.group_size", "grpo.prompts_per_step", "grpo.sampling",
-        "grpo.sampling_batch_size", length, "seed",
+        "grpo.sampling_batch_size", *order, "seed",
     )  # fmt: skip
-    if not config.difficulty.passes:
-        found |= {f"dataset.parts.{part}": weight for part, weight in config.dataset.parts.items()}
     return {**found, **train_data(config), "base": base_identity(config)}
 
 
