@@ -55,7 +55,7 @@ class TrainerConfig(Settings, path="trainer"):
     zero3: Zero3Config = field(default_factory=Zero3Config)
     timeout_minutes: float = setting(60.0, above=0, effect=Effect.none)
     """How long a process waits for the others inside a step before the run fails."""
-    num_threads: int = setting(2, at_least=1, effect=Effect.rounding)
+    num_threads: int = setting(1, at_least=1, effect=Effect.rounding)
     """CPU threads of torch; part of what makes a CPU run bit-reproducible."""
     num_workers: int = setting(0, at_least=0, effect=Effect.none)
     """Processes that decode video ahead; 0 decodes each video when it is used, in one process. Main memory holds the
