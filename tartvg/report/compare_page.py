@@ -29,7 +29,7 @@ from tartvg.report.compare import (
 from tartvg.report.curves import Panel
 from tartvg.report.export import write_tables
 from tartvg.report.page import html_page, key_html, page_links, remarks_html
-from tartvg.report.runs import LOGGED_STAGES, RunFolder, first_and_last_groups, settings_of, typed
+from tartvg.report.runs import LOGGED_STAGES, OWN, RunFolder, first_and_last_groups, settings_of, typed
 from tartvg.report.tables import DASH, Cell, Table, to_html
 from tartvg.rewards import Rubric
 from tartvg.types import GroundingSample
@@ -149,9 +149,9 @@ def panels_html(panels: Sequence[Panel]) -> str:
     return f'<div class="panels">{figures}</div>{note}' if panels else ""
 
 
-def rubric_of(run: RunFolder) -> Rubric | None:
-    """What judged the run's rollouts; None where its settings cannot be read."""
-    settings = settings_of(run)
+def rubric_of(run: RunFolder, place: str = OWN) -> Rubric | None:
+    """What judged the rollouts of a place of the run; None where its settings cannot be read."""
+    settings = settings_of(run, place)
     try:
         return Rubric(typed(RewardConfig, settings.reward), typed(AnchorsConfig, settings.anchors))
     except (OmegaConfBaseException, SettingError, AttributeError):
