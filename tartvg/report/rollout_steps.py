@@ -14,6 +14,7 @@ from tartvg.records import dumps, group_from_json, read_jsonl
 from tartvg.report.cards import MAX_CHARACTERS
 from tartvg.response import read_marks
 from tartvg.spans import iou
+from tartvg.tracking.tables import fault_names
 from tartvg.types import Rollout, RolloutGroup, Span
 
 MAX_BYTES = 8_000_000
@@ -91,11 +92,10 @@ def group_json(group: RolloutGroup, advantages: Advantages | None) -> dict[str, 
 
 def _rollout_json(rollout: Rollout, windows: Sequence[Span], advantages: Sequence[float] | None) -> dict[str, Any]:
     text, response, reward = rollout.completion.text, rollout.response, rollout.reward
-    cut_off = [] if rollout.completion.is_finished else ["cut_off"]
     return {
         "parts": _shortened(parts_of(text, advantages)),
         "more": max(0, len(text) - MAX_CHARACTERS),
-        "faults": [*(fault.value for fault in response.faults), *cut_off],
+        "faults": fault_names([fault.value for fault in response.faults], rollout.completion.is_finished),
         "total": round(reward.total, 3),
         "terms": {name: round(value, 3) for name, value in reward.terms.items()},
         "anchors": response.anchors,

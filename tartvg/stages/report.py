@@ -42,7 +42,7 @@ def run_report(config: Config) -> None:
     if comparison is not None:
         _compare(comparison, folder, config)
         return
-    pages = {}
+    pages = views_of(config)
     if is_sweep(folder):
         _compare(read_sweep_folder(folder), folder / FOLDER / SWEEP, config)
         pages["the sweep in this folder"] = f"{FOLDER}/{SWEEP}/report.html"
@@ -84,6 +84,11 @@ def report_run(folder: Path, config: Config, pages: dict[str, str]) -> tuple[Pat
     return page, tables, questions.remarks
 
 
+def views_of(config: Config) -> dict[str, str]:
+    """The link to W&B, if there is a view to link to."""
+    return {"the same in W&B": config.report.view} if config.report.view else {}
+
+
 def advantages_of(run: RunFolder, stage: str) -> Advantages | None:
     """What a stage paid the segments of a group's completions; None where its settings cannot be read."""
     judge = rubric_of(run, stage)
@@ -96,7 +101,7 @@ def advantages_of(run: RunFolder, stage: str) -> Advantages | None:
 
 def _compare(comparison: Comparison, folder: Path, config: Config) -> None:
     questions = questions_of(comparison.runs, config.dataset)
-    page, tables = build_comparison(comparison, questions.samples_by_id, folder, questions.remarks)
+    page, tables = build_comparison(comparison, questions.samples_by_id, folder, questions.remarks, views_of(config))
     _show(page, tables[:2], questions.remarks)
 
 
