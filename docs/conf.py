@@ -50,15 +50,19 @@ def prepared(app: Any, name: str, source: list[str]) -> None:
         return f"[{text}]({target.rstrip('/')}/README.md)" if (here / target / "README.md").exists() else text
 
     source[0] = LINK.sub(led, source[0])
+    single = {page for page in app.env.found_docs if re.fullmatch(r"experiments/.+/README", page)}
     if name == root_doc:
+        named = {page for pages in CONTENTS.values() for page in pages}
         source[0] += "".join(contents(pages, caption) for caption, pages in CONTENTS.items())
+        source[0] += contents(sorted(app.env.found_docs - named - single - {root_doc}), "More")
     elif name == "experiments/README":
-        pages = sorted(app.env.found_docs)
-        source[0] += contents([f"/{page}" for page in pages if re.fullmatch(r"experiments/.+/README", page)])
+        source[0] += contents([f"/{page}" for page in sorted(single)])
 
 
 def contents(pages: Any, caption: str = "") -> str:
-    """A table of contents that only the side bar shows."""
+    """A table of contents that only the side bar shows; nothing where it is empty."""
+    if not pages:
+        return ""
     return "\n".join(["\n\n```{toctree}", ":hidden:", f":caption: {caption}" * bool(caption), "", *pages, "```"])
 
 

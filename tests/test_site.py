@@ -18,7 +18,7 @@ for module in ("sphinx", "myst_parser", "furo"):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A link that leads nowhere would be a warning, and so is a page that no contents names."""
+    """A link that leads nowhere would be a warning."""
     out = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-c", "docs", ".", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

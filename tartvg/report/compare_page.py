@@ -75,7 +75,7 @@ def build_comparison(
         ("budget", "Budget", to_html(tables[-1])),
         ("runs", "Runs", to_html(status_table(comparison)) + _commands(comparison)),
     ]
-    lead = f"<p>{escape(status_line(comparison))}</p>{remarks_html(remarks)}{page_links(addresses(pages) | links)}"
+    lead = f"<p>{escape(status_line(comparison))}</p>{remarks_html(remarks)}{page_links({**addresses(pages), **links})}"
     write_atomic(folder / "report.html", html_page(title, lead, sections))
     write_tables([*tables, status_table(comparison)], place, title)
     return folder / "report.html", tables

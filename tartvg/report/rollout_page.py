@@ -44,7 +44,10 @@ def _page(run: RunFolder, stage: str, chosen: ChosenSteps, has_advantages: bool)
     style, script = (ASSETS / name for name in ("rollouts.css", "rollouts.js"))
     code = script.read_text(encoding="utf-8")
     allowed = b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
     head = (
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<style>{style.read_text(encoding='utf-8')}</style>"

@@ -42,15 +42,18 @@ def choose_steps(path: Path, advantages: Advantages | None, max_bytes: int = MAX
     Raises ValueError for a damaged file.
     """
     kept: dict[int, str] = {}
-    number, stride, groups = -1, 1, []
+    groups: list[dict[str, Any]] = []
+    number, stride, size = -1, 1, 0
     room = max_bytes - MAX_STEP_BYTES  # of which the last step needs some
     for number, groups in enumerate(_steps(path)):
         if number % stride:
             continue
         kept[number] = _step_json(groups, advantages)
-        while len(kept) > 1 and sum(len(text.encode()) for text in kept.values()) > room:
+        size += len(kept[number].encode())
+        while len(kept) > 1 and size > room:
             stride *= 2
             kept = {n: text for n, text in kept.items() if n % stride == 0}
+            size = sum(len(text.encode()) for text in kept.values())
     if groups and number not in kept:
         kept[number] = _step_json(groups, advantages)
     return ChosenSteps(tuple(kept.values()), number + 1)

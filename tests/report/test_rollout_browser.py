@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,8 @@ def test_the_rollouts_are_filtered_and_sorted_by_keyboard(
     assert page.get_by_role("combobox", name="Fault").evaluate("e => e === document.activeElement")
     keys.type("answer reversed")
     assert status.inner_text().startswith("Step 2: 1 of 8 completions to 2 queries,")
-    (text,) = page.locator(".rollout .text").all_inner_texts()
-    assert text.endswith(f"<think>{ATTACK}</think><answer>3.00 to 2.00</answer>"), "what it said is text"
+    (text,) = page.locator(".rollout .text").all_text_contents()
+    assert re.fullmatch("advantage \u2212[0-9.]+: " + re.escape(TEXTS[3]), text), "what it said is text"
     assert page.locator(".fault").all_inner_texts() == ["answer reversed", "no anchor"]
     keys.press("Home")
     assert status.inner_text().startswith("Step 2: 8 of 8")

@@ -40,12 +40,10 @@
   };
 
   const part = ([text, value]) => {
-    const badge = value === null ? null : make("b", "", signed(value));
+    if (value === null) return make("span", "part", ...marked(text));
+    const badge = make("b", "", make("span", "spoken", "advantage "), signed(value), make("span", "spoken", ": "));
     const element = make("span", "part", badge, ...marked(text));
-    if (badge) {
-      badge.title = "advantage of these tokens";
-      element.style.background = colour(value);
-    }
+    element.style.background = colour(value);
     return element;
   };
 
