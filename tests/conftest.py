@@ -177,15 +177,3 @@ def demo(tmp_path_factory):
     samples = make_samples(folder)
     make_run(folder / "demo", samples)
     return folder / "demo", samples, build_report(folder / "demo", samples, folder / "report.html").read_text("utf-8")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Chromium without a sandbox, which a root user in a container cannot have: the pages are our own."""
-    from helpers.browser import CHROMIUM
-
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    with api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.browser import needs_chromium
+from helpers.browser import CHROMIUM, OVERFLOW, chromium
 from helpers.settings import ROOT
 
-pytestmark = [pytest.mark.slow, needs_chromium]
-for module in ("sphinx", "myst_parser", "furo"):
-    pytest.importorskip(module, reason="needs the extra docs")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
+]
+for module in ("playwright", "sphinx", "myst_parser", "furo"):
+    pytest.importorskip(module, reason="needs the extra dev")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +51,7 @@ def test_the_site_opens_from_a_disk_and_asks_no_network(browser: Any, site: Path
     for address in sorted(pages):
         page.goto(address)
         assert page.locator("article h1").count() >= 1
-        assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth"), address
+        assert page.evaluate(OVERFLOW) <= 0, address
         broken = page.evaluate("[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)")
         assert broken == [], address
     page.goto(f"{(site / 'search.html').as_uri()}?q=anchors")

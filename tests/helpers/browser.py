@@ -1,13 +1,14 @@
-"""Chromium without a window, and what is measured in its pages."""
+"""Chromium without a window, at the width of a desk and of a phone, and what is measured on a page."""
 
 from __future__ import annotations
 
 import shutil
-
-import pytest
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 
 # Luminance contrast of text against its nearest background, WCAG 2: the least of the page.
 CONTRAST = """() => {
@@ -25,3 +26,16 @@ CONTRAST = """() => {
   }
   return least;
 }"""
+OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """A browser; needs playwright."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Without a sandbox, which a root user in a container cannot have: the pages are our own.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()

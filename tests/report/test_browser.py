@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.browser import CONTRAST, needs_chromium
+from helpers.browser import CHROMIUM, CONTRAST, OVERFLOW, WIDTHS, chromium
 from helpers.report import ATTACK
 
 from tartvg.report.cells import read_runs, read_sweep_folder
@@ -15,8 +16,11 @@ from tartvg.report.compare_page import addresses, build_comparison, write_stage_
 from tartvg.report.page import build_report
 from tartvg.types import GroundingSample
 
-pytestmark = [pytest.mark.slow, needs_chromium]
-WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
+pytest.importorskip("playwright.sync_api", reason="needs playwright")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
+]
 LARGEST = 10_000_000
 
 # What a screen reader needs of a table: a name, and headers that say what they head.
@@ -26,6 +30,12 @@ TABLES = """() => [...document.querySelectorAll('table')].map(t => ({
   rows: [...t.querySelectorAll('tbody tr')].every(r => r.cells[0].tagName === 'TH' && r.cells[0].scope === 'row'),
   region: !!t.closest('[role=region][aria-label][tabindex="0"]'),
 }))"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
 
 
 def look(browser: Any, page_file: Path, width: str, shots: Path) -> dict[str, Any]:
@@ -41,7 +51,7 @@ def look(browser: Any, page_file: Path, width: str, shots: Path) -> dict[str, An
     page.goto(page_file.as_uri())
     seen["tables"] = page.evaluate(TABLES)
     seen["contrast"] = page.evaluate(CONTRAST)
-    seen["overflow"] = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    seen["overflow"] = page.evaluate(OVERFLOW)
     seen["text"] = page.evaluate("document.body.innerText")
     seen["unnamed"] = page.evaluate(
         "[...document.querySelectorAll('svg, img')].filter(e => !e.getAttribute('aria-label') && !e.alt).length"

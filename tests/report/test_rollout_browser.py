@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.browser import CONTRAST, needs_chromium
+from helpers.browser import CHROMIUM, CONTRAST, OVERFLOW, chromium
 from helpers.report import ATTACK, SETTINGS, said
 from transformers import AutoTokenizer
 
@@ -34,6 +35,13 @@ TEXTS = (
     said(Span(0, 8), Span(0, 7), Span(0, 6), Span(0, 5)),
     said(TRUTH, TRUTH, answer=Span(0, 1)),
 )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    pytest.importorskip("playwright", reason="needs playwright")
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +82,7 @@ def rewards(page: Any) -> list[float]:
 
 
 @pytest.mark.slow
-@needs_chromium
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
 @pytest.mark.parametrize("width", [1200, 500])
 def test_the_rollouts_are_filtered_and_sorted_by_keyboard(
     browser: Any, page_file: Path, width: int, tmp_path: Path
@@ -122,7 +130,7 @@ def test_the_rollouts_are_filtered_and_sorted_by_keyboard(
     keys.press("Home")
     assert status.inner_text().startswith("Step 2: 8 of 8")
 
-    assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+    assert page.evaluate(OVERFLOW) <= 0
     assert page.evaluate(CONTRAST) >= 4.5, "text that is hard to read"
     page.screenshot(
         path=Path(os.environ.get("TARTVG_SCREENSHOTS") or tmp_path) / f"rollouts-{width}.png", full_page=True
