@@ -8,7 +8,7 @@ QUICK := not slow and not gpu and not campaign
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test rest campaign lint types imports light quick bench dist clean
+.PHONY: help setup demo check test rest campaign lint types imports light quick bench docs dist clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -58,6 +58,9 @@ bench: $(STAMP) ## decoding, speed and memory beside other engines (an hour on t
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench,bench_video]'
 	$(BIN)/python -m experiments.efficiency.bench.decoding
 	$(BIN)/python -m experiments.efficiency.bench
+
+docs: $(STAMP) ## the documents as a static site that opens from a disk: build/site/index.html
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site
 
 dist: $(STAMP) ## a wheel in dist/, tried in an empty environment
 	rm -rf build dist

@@ -32,9 +32,12 @@ class ReportConfig(Settings, path="report", effect=Effect.none):
     """Names below runs_dir, of runs or of sweeps, that are compared on one page."""
     group: str | None = None
     """All runs below runs_dir with this W&B group."""
+    view: str | None = None
+    """Address of a view in W&B that the page links to; `python -m tartvg.tracking` makes one and prints it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(not self.view or self.view.startswith("https://"), "report.view", "an address with https://", self.view)
         for name in self.runs:
             require(is_below(name), "report.runs", "names of folders below runs_dir", name)
         require(not (self.runs and self.group), "report.group", "null beside report.runs", self.group)

@@ -28,8 +28,8 @@ from tartvg.report.compare import (
 )
 from tartvg.report.curves import Panel
 from tartvg.report.export import write_tables
-from tartvg.report.page import html_page, key_html, page_links, remarks_html
-from tartvg.report.runs import LOGGED_STAGES, RunFolder, first_and_last_groups, settings_of, typed
+from tartvg.report.page import NO_PAGES, html_page, key_html, page_links, remarks_html
+from tartvg.report.runs import LOGGED_STAGES, OWN, RunFolder, first_and_last_groups, settings_of, typed
 from tartvg.report.tables import DASH, Cell, Table, to_html
 from tartvg.rewards import Rubric
 from tartvg.types import GroundingSample
@@ -53,11 +53,12 @@ def build_comparison(
     samples_by_id: Mapping[str, GroundingSample],
     folder: Path,
     remarks: Sequence[str] = (),
+    links: Mapping[str, str] = NO_PAGES,
 ) -> tuple[Path, list[Table]]:
     """Write `<folder>/report.html` and, in `<folder>/report/`, a page per stage, tables and figures.
 
-    `remarks` are what the reader has to know first. Returns the page and its tables. Raises ValueError for damaged
-    files of a run.
+    `remarks` are what the reader has to know first, `links` further addresses by name. Returns the page and its tables.
+    Raises ValueError for damaged files of a run.
     """
     reference = reference_of(comparison)
     tested = significance_table(differences(comparison, reference, samples_by_id))
@@ -74,7 +75,7 @@ def build_comparison(
         ("budget", "Budget", to_html(tables[-1])),
         ("runs", "Runs", to_html(status_table(comparison)) + _commands(comparison)),
     ]
-    lead = f"<p>{escape(status_line(comparison))}</p>{remarks_html(remarks)}{page_links(addresses(pages))}"
+    lead = f"<p>{escape(status_line(comparison))}</p>{remarks_html(remarks)}{page_links({**addresses(pages), **links})}"
     write_atomic(folder / "report.html", html_page(title, lead, sections))
     write_tables([*tables, status_table(comparison)], place, title)
     return folder / "report.html", tables
@@ -149,9 +150,9 @@ def panels_html(panels: Sequence[Panel]) -> str:
     return f'<div class="panels">{figures}</div>{note}' if panels else ""
 
 
-def rubric_of(run: RunFolder) -> Rubric | None:
-    """What judged the run's rollouts; None where its settings cannot be read."""
-    settings = settings_of(run)
+def rubric_of(run: RunFolder, place: str = OWN) -> Rubric | None:
+    """What judged the rollouts of a place of the run; None where its settings cannot be read."""
+    settings = settings_of(run, place)
     try:
         return Rubric(typed(RewardConfig, settings.reward), typed(AnchorsConfig, settings.anchors))
     except (OmegaConfBaseException, SettingError, AttributeError):

@@ -60,17 +60,18 @@ def build_report(
     return output
 
 
-def html_page(title: str, lead: str, sections: Sequence[tuple[str, str, str]]) -> str:
-    """A whole page: `lead` and the sections (anchor, title, body) are HTML; sections without a body are left out."""
+def html_page(title: str, lead: str, sections: Sequence[tuple[str, str, str]], head: str = "") -> str:
+    """A whole page: `lead`, the sections (anchor, title, body) and `head` are HTML; empty sections are left out."""
     shown = [(anchor, name, body) for anchor, name, body in sections if body]
     links = "".join(f'<li><a href="#{anchor}">{escape(name)}</a></li>' for anchor, name, _ in shown)
+    contents = f'<nav aria-label="Sections"><ul>{links}</ul></nav>' if len(shown) > 1 else ""
     body = "".join(f'<section id="{anchor}"><h2>{escape(name)}</h2>{body}</section>' for anchor, name, body in shown)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head><body>"
+        f"<title>{escape(title)}</title><style>{CSS}</style>{head}</head><body>"
         f"<header><h1>{escape(title)}</h1>{lead}"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{body}</main></body></html>\n'
+        f"{contents}</header><main>{body}</main></body></html>\n"
     )
 
 

@@ -184,9 +184,9 @@ def settings_of(run: RunFolder, place: str = OWN) -> DictConfig:
     return parsed(run.configs.get(place) or run.config or "")
 
 
-def config_of(run: RunFolder, key: str, default: Any) -> Any:
-    """One value of the run's settings."""
-    value = OmegaConf.select(settings_of(run), key)
+def config_of(run: RunFolder, key: str, default: Any, place: str = OWN) -> Any:
+    """One value of the settings of a place of the run, as `settings_of` has them."""
+    value = OmegaConf.select(settings_of(run, place), key)
     return default if value is None else value
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tartvg.policy.policy import Policy
 from tartvg.policy.sampling import stream_seed
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atomic, write_jsonl
+from tartvg.report.strips import film_strip
 from tartvg.stages.common import (
     adapter_of,
     base_identity,
@@ -34,7 +35,7 @@ from tartvg.stages.common import (
     refuse_missing_videos,
 )
 from tartvg.stages.controls import run_controls
-from tartvg.stages.folder import PATIENCE_S, StageFolder, run_dir
+from tartvg.stages.folder import PATIENCE_S, StageFolder, read_manifest, run_dir
 from tartvg.stages.keys import data_identity, fingerprint, settings_of
 from tartvg.stages.quiet import quiet_libraries
 from tartvg.stages.shards import are_complete, batch_files, helpers, is_orphan, missing_of, num_shards
@@ -270,5 +271,25 @@ def _track(
             tracker.uses(f"{label}-adapter", "adapter", adapter)
         tracker.log(metrics, 0)
         tracker.answers(predictions, config.dataset.name.value)
-        tracker.summary(metrics)
+        tracker.strips(predictions, config.dataset.name.value, _strip)
+        tracker.summary(metrics | over_base(folder, metrics))
         tracker.artifact(f"{label}-predictions", "predictions", folder / "predictions.jsonl")
+
+
+def _strip(p: Prediction) -> bytes:
+    return film_strip(Path(p.video), p.duration, p.windows, p.anchors, p.answer, p.query, optimize=False)
+
+
+def over_base(folder: Path, metrics: Mapping[str, float]) -> dict[str, float]:
+    """What a policy scores above the base that answered the same questions, as `over_base/<dataset>/<name>`.
+
+    Empty for the base itself, and where the base beside it is not evaluated or answered something else.
+    """
+    base = folder.with_name("base")
+    found = [(read_manifest(place) or {}).get("inputs") for place in (folder, base)]
+    own, other = ({**inputs, "adapter": None} if inputs else None for inputs in found)
+    if folder == base or own is None or own != other or not (base / "metrics.jsonl").exists():
+        return {}
+    (before,) = read_jsonl(base / "metrics.jsonl")
+    names = (name for name in metrics if before.get(name) is not None)
+    return {name.replace("eval/", "over_base/", 1): metrics[name] - before[name] for name in names}

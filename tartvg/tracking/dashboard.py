@@ -1,7 +1,8 @@
 """The W&B workspace of a project: which curves stand beside which, as data; and the command that creates it.
 
-python -m tartvg.tracking --entity me --project tartvg     creates it
-python -m tartvg.tracking --print                          prints its specification as JSON; no account, no network
+python -m tartvg.tracking --entity me --project tartvg         creates it
+python -m tartvg.tracking --entity me --groups anchors/anchors kl/kl  creates one that compares two sweeps
+python -m tartvg.tracking --print                              prints its specification; no account, no network
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class PanelKind(Enum):
     """One bar per run: for stages that log a single line."""
     table = "table"
     """A table of completions; exactly one metric."""
+    pictures = "pictures"
+    """Film strips."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,16 @@ class Section:
 
 @dataclass(frozen=True)
 class Workspace:
-    """A saved view of one project. Runs are grouped by W&B's group, which is the run or the sweep, then by job type."""
+    """A saved view of one project. Runs are grouped by W&B's group, which is the run or the sweep, then by stage.
+
+    `evaluate-base` and `evaluate-grpo2` are stages of their own, so that bars compare the policy with its base.
+    """
 
     name: str
     x_axis: str
     sections: tuple[Section, ...]
+    groups: tuple[str, ...] = ()
+    """Only their runs are shown; all where it is empty."""
 
     @property
     def metrics(self) -> set[str]:
@@ -64,9 +72,10 @@ class Workspace:
         return {metric for section in self.sections for panel in section.panels for metric in panel.metrics}
 
 
-def workspace(dataset: str) -> Workspace:
-    """The curated view; `dataset` names the evaluation whose scores are shown."""
-    return Workspace(NAME, STEP, (*_training(), _evaluation(f"eval/{dataset}")))
+def workspace(dataset: str, groups: Sequence[str] = ()) -> Workspace:
+    """The curated view; `dataset` names the evaluation whose scores are shown, `groups` the runs or sweeps compared."""
+    name = f"{NAME}: {', '.join(groups)}" if groups else NAME
+    return Workspace(name, STEP, (_evaluation(f"eval/{dataset}"), *_training()), tuple(groups))
 
 
 def _training() -> tuple[Section, ...]:
@@ -99,6 +108,19 @@ def _training() -> tuple[Section, ...]:
             ),
         ),
         Section(
+            "Throughput and memory",
+            (
+                Panel("Tokens per second", ("perf/tokens_per_second_sampled", "perf/tokens_per_second_trained")),
+                Panel("Seconds per step", ("perf/seconds_per_step", *(f"time/{phase}_s" for phase in PHASES))),
+                Panel("Model FLOPs utilisation", ("perf/mfu",)),
+                Panel("Peak memory, GiB", ("memory/peak_gib",)),
+            ),
+        ),
+        Section(
+            "What it says",
+            (Panel("Completions, to be grouped by their faults", ("rollout/examples",), PanelKind.table),),
+        ),
+        Section(
             "Is it healthy?",
             (
                 Panel("Entropy, nats per token", ("rollout/entropy",)),
@@ -110,17 +132,6 @@ def _training() -> tuple[Section, ...]:
                 Panel("Loss", ("loss/total",)),
                 Panel("Length, tokens", ("rollout/length_mean", "rollout/length_max")),
             ),
-        ),
-        Section("What it says", (Panel("Best and worst completions", ("rollout/examples",), PanelKind.table),)),
-        Section(
-            "Throughput and memory",
-            (
-                Panel("Tokens per second", ("perf/tokens_per_second_sampled", "perf/tokens_per_second_trained")),
-                Panel("Seconds per step", ("perf/seconds_per_step", *(f"time/{phase}_s" for phase in PHASES))),
-                Panel("Model FLOPs utilisation", ("perf/mfu",)),
-                Panel("Peak memory, GiB", ("memory/peak_gib",)),
-            ),
-            is_open=False,
         ),
     )
 
@@ -136,7 +147,9 @@ def _evaluation(prefix: str) -> Section:
         "mIoU with wrong videos": ("shuffled_control_miou", "other_control_miou"),
     }
     panels = [Panel(t, tuple(f"{prefix}/{name}" for name in names), PanelKind.bar) for t, names in bars.items()]
-    return Section("Scores", (*panels, Panel("Best and worst answers", (f"{prefix}/answers",), PanelKind.table)))
+    panels.append(Panel("Film strips of the best and worst answers", (f"{prefix}/film_strips",), PanelKind.pictures))
+    panels.append(Panel("Answers, to be grouped by their faults", (f"{prefix}/answers",), PanelKind.table))
+    return Section("Policy against base", tuple(panels))
 
 
 def create(view: Workspace, entity: str, project: str) -> str:
@@ -150,6 +163,7 @@ def to_wandb(view: Workspace, entity: str, project: str) -> Any:
     try:
         import wandb_workspaces.reports.v2 as reports
         import wandb_workspaces.workspaces as workspaces
+        from wandb_workspaces import expr
     except ImportError as error:
         raise SettingError(f"wandb-workspaces is missing: pip install 'tartvg[workspace]' ({error})") from error
     sections = [
@@ -160,7 +174,10 @@ def to_wandb(view: Workspace, entity: str, project: str) -> Any:
         )
         for section in view.sections
     ]
-    grouped = workspaces.RunsetSettings(groupby=[workspaces.Metric("Group"), workspaces.Metric("JobType")])
+    grouped = workspaces.RunsetSettings(
+        groupby=[workspaces.Metric("Group"), workspaces.Config("stage")],
+        filters=expr.And(workspaces.Metric("Group").isin(list(view.groups))) if view.groups else [],
+    )
     return workspaces.Workspace(
         entity=entity,
         project=project,
@@ -176,6 +193,8 @@ def _panel(panel: Panel, x_axis: str, reports: Any) -> Any:
         return reports.LinePlot(title=panel.title, x=x_axis, y=list(panel.metrics))
     if panel.kind is PanelKind.bar:
         return reports.BarPlot(title=panel.title, metrics=list(panel.metrics))
+    if panel.kind is PanelKind.pictures:
+        return reports.MediaBrowser(title=panel.title, media_keys=list(panel.metrics))
     return reports.WeavePanelSummaryTable(table_name=panel.metrics[0])
 
 
@@ -185,9 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--entity", help="whose project it is: a user or a team")
     parser.add_argument("--project", default=TrackingConfig().project)
     parser.add_argument("--dataset", default="planted", help="whose scores are shown: planted, charades_sta, ...")
+    parser.add_argument("--groups", nargs="+", default=(), help="W&B groups to compare: those of two sweeps, say")
     parser.add_argument("--print", action="store_true", help="only print the specification, as JSON")
     options = parser.parse_args(arguments)
-    view = workspace(options.dataset)
+    view = workspace(options.dataset, options.groups)
     if options.print:
         print(dumps(view))
         return 0

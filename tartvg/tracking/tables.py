@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from tartvg import rewards
 from tartvg.spans import iou
 from tartvg.types import Prediction, Rollout, RolloutGroup, Span
 
-ANSWER_COLUMNS = ("rank", "sample_id", "query", "text", "truth", "anchors", "answer", "iou", "faults")
+Item = TypeVar("Item")
+ANSWER_COLUMNS = ("rank", "faults", "sample_id", "query", "text", "truth", "anchors", "answer", "iou")
+"""`faults` are one value, so that W&B groups by what is wrong together; `rank` 1 is the best."""
+NO_FAULT, CUT_OFF = "none", "cut_off"
 
 
 def example_columns() -> tuple[str, ...]:
     """Return the columns of `example_rows`; every reward term has one."""
     terms = (term.name for term in rewards.rubric.TERMS)
-    return ("step", "rank", "query", "text", "truth", "anchors", "answer", "total", *terms, "anchor_ious")
+    return ("step", "rank", "faults", "query", "text", "truth", "anchors", "answer", "total", *terms, "anchor_ious")
 
 
 def example_rows(groups: Sequence[RolloutGroup], step: int, num: int) -> list[list[Any]]:
-    """Rows of `example_columns`: the best `num` completions first, then the worst, none of them twice."""
+    """Rows of `example_columns` by total reward: the best `num` completions and the worst, none of them twice."""
     ranked = sorted(
         ((group, rollout) for group in groups for rollout in group.rollouts),
         key=lambda pair: pair[1].reward.total,
@@ -29,28 +32,41 @@ def example_rows(groups: Sequence[RolloutGroup], step: int, num: int) -> list[li
 
 
 def answer_rows(predictions: Sequence[Prediction], num: int) -> list[list[Any]]:
-    """Rows of `ANSWER_COLUMNS`: the greedy answers with the highest IoU first, then those with the lowest."""
-    greedy = [(p, _overlap(p)) for p in predictions if p.sample_index == 0]
-    ranked = sorted(greedy, key=lambda pair: pair[1], reverse=True)
+    """Rows of `ANSWER_COLUMNS` by IoU: the `num` best greedy answers and the worst, none of them twice."""
     return [
         [
-            rank, p.sample_id, p.query, p.text, _text(p.windows), _text(p.anchors), _answer(p.answer),
-            value, ", ".join(p.faults),
+            rank, _joined(fault_names(p.faults, p.is_finished)), p.sample_id, p.query, p.text, _text(p.windows),
+            _text(p.anchors), _answer(p.answer), _overlap(p),
         ]
-        for rank, (p, value) in _extremes(ranked, num)
+        for rank, p in extreme_answers(predictions, num)
     ]  # fmt: skip
 
 
-def _extremes(ranked: Sequence[Any], num: int) -> list[tuple[str, Any]]:
-    best, rest = ranked[:num], ranked[num:]
-    return [("best", item) for item in best] + [("worst", item) for item in rest[::-1][:num]]
+def extreme_answers(predictions: Sequence[Prediction], num: int) -> list[tuple[int, Prediction]]:
+    """The greedy answers with the `num` highest and the `num` lowest IoUs, with their ranks."""
+    return _extremes(sorted((p for p in predictions if p.sample_index == 0), key=_overlap, reverse=True), num)
 
 
-def _example_row(rank: str, group: RolloutGroup, rollout: Rollout, step: int) -> list[Any]:
+def fault_names(faults: Sequence[str], is_finished: bool) -> list[str]:
+    """What is wrong with a completion, as names; whether the length limit cut it off is among them."""
+    return [*faults, *([] if is_finished else [CUT_OFF])]
+
+
+def _joined(names: Sequence[str]) -> str:
+    return ", ".join(names) or NO_FAULT
+
+
+def _extremes(ranked: Sequence[Item], num: int) -> list[tuple[int, Item]]:
+    numbered = list(enumerate(ranked, start=1))
+    return numbered[:num] + numbered[max(num, len(numbered) - num) :]
+
+
+def _example_row(rank: int, group: RolloutGroup, rollout: Rollout, step: int) -> list[Any]:
     response, reward = rollout.response, rollout.reward
     return [
         step,
         rank,
+        _joined(fault_names([fault.value for fault in response.faults], rollout.completion.is_finished)),
         group.prompt.sample.query,
         rollout.completion.text,
         _text(group.prompt.sample.windows),

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ from tartvg.launch.terminal import warn_once
 from tartvg.monitors import Alarm
 from tartvg.records import append_jsonl, read_jsonl, to_json, write_jsonl
 from tartvg.tracking.summary import best_and_last
-from tartvg.tracking.tables import ANSWER_COLUMNS, answer_rows, example_columns, example_rows
+from tartvg.tracking.tables import ANSWER_COLUMNS, answer_rows, example_columns, example_rows, extreme_answers
 from tartvg.tracking.wandb_backend import WandbRun, give_up
 from tartvg.types import Prediction, RolloutGroup
 
@@ -33,8 +34,10 @@ WANDB_MODES = {
     "run": TrackingMode.online, "online": TrackingMode.online,
 }  # fmt: skip
 """Values of WANDB_MODE, by how much they track."""
-NUM_EXAMPLES = 4
-"""Best and worst completions shown in each table."""
+NUM_EXAMPLES = 64
+"""Best and worst completions in each table: as a rule that is all of a step, to be grouped by their faults."""
+NUM_STRIPS = 2
+"""Best and worst answers shown as film strips."""
 PREFIXES = ("reward", "anchors", "group", "rollout", "loss", "optim", "perf", "time", "memory", "eval", "progress")
 
 
@@ -170,7 +173,7 @@ class Tracker:
     def examples(self, groups: Sequence[RolloutGroup], step: int) -> None:
         """Show the best and the worst `NUM_EXAMPLES` completions of `groups` by total reward in a W&B table.
 
-        The complete record of what the model said is rollouts.jsonl; this is the sample that one looks at.
+        The complete record of what the model said is rollouts.jsonl; this is what one looks at and groups by faults.
         """
         rows = example_rows(groups, step, NUM_EXAMPLES)
         if rows:
@@ -181,6 +184,20 @@ class Tracker:
         rows = answer_rows(predictions, NUM_EXAMPLES)
         if rows:
             self._mirror(lambda run: run.table(f"eval/{dataset}/answers", ANSWER_COLUMNS, rows, {STEP: 0}))
+
+    def strips(self, predictions: Sequence[Prediction], dataset: str, draw: Callable[[Prediction], bytes]) -> None:
+        """Show the film strips, as PNG, of the best and the worst `NUM_STRIPS` greedy answers by IoU.
+
+        `draw` raises ValueError for a video that cannot be read, which goes without. Nothing is drawn without W&B.
+        """
+        if self._wandb is None:
+            return
+        pictures: list[tuple[str, bytes]] = []
+        for rank, answer in extreme_answers(predictions, NUM_STRIPS):
+            with suppress(ValueError):
+                pictures.append((f"rank {rank}: {answer.query}", draw(answer)))
+        if pictures:
+            self._mirror(lambda run: run.pictures(f"eval/{dataset}/film_strips", pictures, {STEP: 0}))
 
     def artifact(self, name: str, type: str, path: Path) -> None:
         """Record a file or folder that is finished and stays where it is, such as an adapter, in W&B.

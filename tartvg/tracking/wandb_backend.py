@@ -12,12 +12,13 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tartvg.config import TrackingConfig
 
 ROWS_PER_STEP = 4
-"""History rows that a step may write: its metrics, and tables."""
+"""History rows that a step may write: its metrics, tables and pictures."""
 MAX_TAG = 64
 """Characters; W&B refuses longer tags."""
 MIN_WAIT_S = 1e-3
@@ -104,6 +105,16 @@ class WandbRun:
         """A table beside `metrics` in one history row."""
         with _staged_in(self._staging):
             self._row({name: self._wandb.Table(columns=list(columns), data=[list(r) for r in rows]), **metrics})
+
+    def pictures(self, name: str, pictures: Sequence[tuple[str, bytes]], metrics: Mapping[str, float]) -> None:
+        """Captions and PNG files beside `metrics` in one history row; W&B copies the files into the run's folder."""
+        with TemporaryDirectory(dir=self._run.dir) as folder:
+            images = []
+            for number, (caption, content) in enumerate(pictures):
+                path = Path(folder) / f"{number}.png"
+                path.write_bytes(content)
+                images.append(self._wandb.Image(str(path), caption=caption))
+            self._row({name: images, **metrics})
 
     def _row(self, values: Mapping[str, Any]) -> None:
         """One history row, written at once, under a number that follows from the step alone.

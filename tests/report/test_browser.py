@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.browser import CHROMIUM, CONTRAST, OVERFLOW, WIDTHS, chromium
 from helpers.report import ATTACK
 
 from tartvg.report.cells import read_runs, read_sweep_folder
@@ -16,13 +16,11 @@ from tartvg.report.compare_page import addresses, build_comparison, write_stage_
 from tartvg.report.page import build_report
 from tartvg.types import GroundingSample
 
-api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytest.importorskip("playwright.sync_api", reason="needs playwright")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium"),
 ]
-WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 LARGEST = 10_000_000
 
 # What a screen reader needs of a table: a name, and headers that say what they head.
@@ -32,31 +30,12 @@ TABLES = """() => [...document.querySelectorAll('table')].map(t => ({
   rows: [...t.querySelectorAll('tbody tr')].every(r => r.cells[0].tagName === 'TH' && r.cells[0].scope === 'row'),
   region: !!t.closest('[role=region][aria-label][tabindex="0"]'),
 }))"""
-# Luminance contrast of text against its nearest background, WCAG 2: the least of the page.
-CONTRAST = """() => {
-  const parse = c => (c.match(/[\\d.]+/g) || []).map(Number);
-  const linear = v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
-  const light = ([r, g, b]) => [r, g, b].map(v => linear(v / 255))
-    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-  const ground = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
-    if (c.length === 3 || c[3] > 0) return c; } return [255, 255, 255]; };
-  let least = 21;
-  for (const e of document.querySelectorAll('p, td, th, h1, h2, h3, h4, dt, dd, li, caption, summary, span, small')) {
-    if (![...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())) continue;
-    const [a, b] = [light(parse(getComputedStyle(e).color)), light(ground(e))];
-    least = Math.min(least, (Math.max(a, b) + .05) / (Math.min(a, b) + .05));
-  }
-  return least;
-}"""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with api.sync_playwright() as playwright:
-        # Without a sandbox, which a root user in a container cannot have: the pages are our own.
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
+    with chromium() as found:
+        yield found
 
 
 def look(browser: Any, page_file: Path, width: str, shots: Path) -> dict[str, Any]:
@@ -72,7 +51,7 @@ def look(browser: Any, page_file: Path, width: str, shots: Path) -> dict[str, An
     page.goto(page_file.as_uri())
     seen["tables"] = page.evaluate(TABLES)
     seen["contrast"] = page.evaluate(CONTRAST)
-    seen["overflow"] = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    seen["overflow"] = page.evaluate(OVERFLOW)
     seen["text"] = page.evaluate("document.body.innerText")
     seen["unnamed"] = page.evaluate(
         "[...document.querySelectorAll('svg, img')].filter(e => !e.getAttribute('aria-label') && !e.alt).length"

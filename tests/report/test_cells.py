@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers.report import SETTINGS, Samples, make_run
 
-from tartvg.config import Config, DatasetConfig, DatasetName, SettingError, policy_label
+from tartvg.config import Config, DatasetConfig, DatasetName, ReportConfig, SettingError, policy_label
 from tartvg.launch.sweep_files import axes, cells, read_sweep
 from tartvg.launch.sweeps import Job
 from tartvg.records import dumps, write_atomic, write_jsonl
@@ -166,16 +166,24 @@ def test_a_run_and_a_sweep_in_one_folder_are_both_reported(
     assert is_run(cells_of_two) and is_sweep(cells_of_two)
     both = read_runs([cells_of_two], "both", cells_of_two.parent)
     assert both.variants == ["anchors", "anchors: one", "anchors: two"]
-    config = Config(name="anchors", runs_dir=str(cells_of_two.parent), dataset=DatasetConfig(DatasetName.tacos))
-    run_report(config)
+    place, address = str(cells_of_two.parent), "https://wandb.ai/me/tartvg?nw=view&x=1"
+    tacos = DatasetConfig(DatasetName.tacos)
+    run_report(Config(name="anchors", runs_dir=place, dataset=tacos, report=ReportConfig(view=address)))
     page, below = cells_of_two / "report.html", cells_of_two / "report" / "sweep" / "report.html"
     assert '<a href="report/sweep/report.html">the sweep in this folder</a>' in page.read_text("utf-8")
     assert "Scores by variant" in below.read_text("utf-8")
+    link = f'<a href="{address.replace("&", "&amp;")}">the same in W&amp;B</a>'
+    assert link in page.read_text("utf-8") and link in below.read_text("utf-8")
     said = capsys.readouterr().out
     assert "Scores by variant" in said and "Scores after each stage" in said
     assert main([str(cells_of_two)]) == 0
     said = capsys.readouterr().out
     assert "**Scores by variant**" in said and "**Scores over seeds**" in said
+
+
+def test_a_view_is_an_address() -> None:
+    with pytest.raises(SettingError, match=r"report\.view"):
+        ReportConfig(view="javascript:alert(1)")
 
 
 def test_a_failed_cell_reported_by_name_is_not_finished(sweep: tuple[Path, Samples]) -> None:

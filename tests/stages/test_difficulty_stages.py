@@ -1,6 +1,7 @@
 """The curriculum from stage=rollouts over the selection to the report."""
 
 import json
+import re
 
 import pytest
 from interruptions import rows
@@ -35,6 +36,12 @@ def test_every_training_query_is_measured_and_the_rest_is_trained_on(settings, m
     run_command(*command, "stage=report")
     report = (measured / "m/report/report.md").read_text()
     assert "Queries of grpo1 by the base's mean" in report
+    for stage in ("rollouts", "grpo1"):  # each completion is on the page, with what its tokens were paid
+        page = (measured / f"m/report/rollouts_{stage}.html").read_text()
+        data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
+        shown = [g for step in data["steps"] for g in step["groups"]]
+        assert len(shown) == len(rows(measured / f"m/{stage}/rollouts.jsonl"))
+        assert all(isinstance(value, float) for g in shown for r in g["rollouts"] for _, value in r["parts"])
     # another rule is another stage, and no rule asks for no measurement
     other = [*command, *band, "difficulty.low=-100"]
     refused = run_command(*other, check=False)

@@ -338,7 +338,7 @@ def test_what_is_marked_as_without_effect_changes_no_bit(small, untrained_base, 
         "trainer.checkpoint_every": "2", "trainer.checkpoint_minutes": "1e-6", "trainer.checkpoints_kept": "3",
         "trainer.max_skipped_steps": "2", "trainer.memory_gib": "500", "trainer.progress_bar": "true",
         "tracking.mode": "offline", "tracking.project": "p", "tracking.entity": "e", "tracking.group": "g",
-        "tracking.tags": "[t]", "report.runs": "[other]",
+        "tracking.tags": "[t]", "report.runs": "[other]", "report.view": "https://w",
     }  # fmt: skip
     assert {*other, *WHAT_IS_DONE} == {name for name, effect in EFFECTS.items() if effect is Effect.none}
     given = [o for o in small if o.partition("=")[0] not in other]

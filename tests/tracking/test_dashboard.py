@@ -58,7 +58,7 @@ def existing() -> set[str]:
         *scores_as_metrics(card, "charades_sta"),
         *controls_as_metrics({kind.value: control for kind in ControlName}, "charades_sta"),
         *{"optim/grad_norm", "optim/lr", "rollout/kl", "anchors/shuffled_agreement", "anchors/shuffled_changed_rate"},
-        *{"rollout/examples", "eval/charades_sta/answers"},
+        *{"rollout/examples", "eval/charades_sta/answers", "eval/charades_sta/film_strips"},
     }
 
 
@@ -80,7 +80,9 @@ def test_its_specification_is_printed_as_json_without_torch_and_without_wandb(tm
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
     value = json.loads(done.stdout)
-    assert value["sections"][0]["panels"][0] == {"title": "Reward", "metrics": ["reward/total_mean"], "kind": "line"}
+    assert value["sections"][0]["panels"][0] == {"title": "mIoU", "metrics": ["eval/tacos/miou"], "kind": "bar"}
+    first = ["Policy against base", "Does it learn?", "Anchors and faithfulness", "Throughput and memory"]
+    assert [s["name"] for s in value["sections"]][:4] == first and all(s["is_open"] for s in value["sections"])
     assert {m for s in value["sections"] for p in s["panels"] for m in p["metrics"]} == workspace("tacos").metrics
 
 
@@ -118,7 +120,17 @@ def test_what_is_sent_is_json_with_every_panel() -> None:
     assert [len(s["panels"]) for s in sections] == [len(s.panels) for s in view.sections]
     sent = set(strings(spec))
     assert view.metrics <= {text.removeprefix("summary:") for text in sent}, view.metrics - sent
-    assert view.x_axis in sent and {"group", "jobType"} <= sent
+    assert view.x_axis in sent and {"group", "stage.value"} <= sent
+
+
+def test_two_sweeps_are_compared_in_a_view_of_their_own() -> None:
+    pytest.importorskip("wandb_workspaces")
+    model = to_wandb(workspace("planted", ["anchors/anchors", "kl/kl"]), "me", "tartvg")._to_model()
+    value = json.loads(model.model_dump_json(by_alias=True, exclude_none=True))
+    (condition,) = value["spec"]["section"]["runSets"][0]["filters"]["filters"]
+    assert condition["key"] == {"section": "run", "name": "group"}
+    assert (condition["op"], condition["value"]) == ("IN", ["anchors/anchors", "kl/kl"])
+    assert value["displayName"] == "TAR-TVG: anchors/anchors, kl/kl"
 
 
 def test_a_workspace_knows_its_metrics() -> None:

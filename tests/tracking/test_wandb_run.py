@@ -1,6 +1,8 @@
 """A whole method tracked offline and read back: W&B's own files hold what the run folder holds."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,9 @@ import pytest
 from helpers.settings import watched
 from helpers.tracking import artifacts, wandb_records
 
+from tartvg.records import group_from_json, read_jsonl
 from tartvg.tracking.dashboard import workspace
+from tartvg.tracking.tables import fault_names
 
 STAGES = ("grpo1", "filter", "sft", "grpo2", "evaluate/base", "evaluate/grpo2", "controls/base", "controls/grpo2")
 LINEAGE = {
@@ -49,6 +53,17 @@ def history(records: list[Any]) -> dict[int, dict[str, Any]]:
     return found
 
 
+def tables(folder: Path, name: str) -> list[Any]:
+    found = sorted(folder.glob(f"wandb/offline-run-*/files/media/table/{name}_*.table.json"))
+    return [json.loads(path.read_text()) for path in found]
+
+
+def headlines(records: list[Any]) -> dict[str, Any]:
+    """The summary of a run."""
+    updates = [i for r in records if r.WhichOneof("record_type") == "summary" for i in r.summary.update]
+    return {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in updates}
+
+
 @pytest.mark.slow
 def test_wandb_holds_every_metric_table_and_artifact(run: Path) -> None:
     made: dict[str, set[tuple[str, str]]] = {}
@@ -67,8 +82,21 @@ def test_wandb_holds_every_metric_table_and_artifact(run: Path) -> None:
         started = next(r.run for r in records if r.WhichOneof("record_type") == "run")
         assert (started.run_group, started.job_type) == ("r", stage.partition("/")[0])
         assert {"dataset:planted", "seed:0", "anchors:2"} <= set(started.tags)
-    for stage, name in (("grpo1", "rollout/examples"), ("evaluate/grpo2", "eval/planted/answers")):
-        assert list((run / stage).glob(f"wandb/offline-run-*/files/media/table/{name}_*.table.json"))
+    # W&B groups by the values of a column: as many of each as rollouts.jsonl has.
+    (table,) = tables(run / "grpo1", "rollout/examples")
+    at = table["columns"].index("faults")
+    said = [r for g in read_jsonl(run / "grpo1" / "rollouts.jsonl") for r in group_from_json(g).rollouts]
+    names = (fault_names([f.value for f in r.response.faults], r.completion.is_finished) for r in said)
+    assert Counter(row[at] for row in table["data"]) == Counter(", ".join(n) or "none" for n in names)
+    (answers,) = tables(run / "evaluate/grpo2", "eval/planted/answers")
+    assert len(answers["data"]) == 4
+    assert len(list((run / "evaluate/grpo2").glob("wandb/offline-run-*/files/media/images/eval/planted/*.png"))) == 4
+    summary = headlines(wandb_records(run / "evaluate/grpo2"))
+    scores = [json.loads((run / f"evaluate/{t}/metrics.jsonl").read_text()) for t in ("base", "grpo2")]
+    for name in ("miou", "r1@0.7", "format_rate", "valid_rate"):
+        gain = scores[1][f"eval/planted/{name}"] - scores[0][f"eval/planted/{name}"]
+        assert summary[f"over_base/planted/{name}"] == gain
+    assert not [name for name in headlines(wandb_records(run / "evaluate/base")) if name.startswith("over_base")]
 
 
 @pytest.mark.slow
@@ -76,6 +104,6 @@ def test_the_workspace_names_only_metrics_of_a_real_run(run: Path) -> None:
     logged = set()
     for stage in STAGES:
         for row in history(wandb_records(run / stage)).values():
-            logged |= {name.removesuffix("/path") for name in row}
+            logged |= {re.sub("/(path|filenames)$", "", name) for name in row}
     # An untrained model says no times to compare with shuffled frames, and the peak of a CPU is not known.
     assert workspace("planted").metrics - logged <= {"anchors/shuffled_agreement", "perf/mfu"}

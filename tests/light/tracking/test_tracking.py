@@ -4,19 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.tracking import artifacts, group, lines, tracker, wandb_records
+from helpers.tracking import answer, artifacts, group, lines, tracker, wandb_records
 
 from tartvg.config import TrackingConfig, TrackingMode
 from tartvg.launch.terminal import warn_once
 from tartvg.tracking.summary import best_and_last
-from tartvg.tracking.tables import example_columns, example_rows
+from tartvg.tracking.tables import ANSWER_COLUMNS, answer_rows, example_columns, example_rows, fault_names
 from tartvg.tracking.tracker import MAX_ARTIFACT_NAME, Tracker, artifact_name, heeding_environment, tags_of
 from tartvg.tracking.wandb_backend import scrub
+from tartvg.types import Span
 
 
 def test_metrics_are_flat_lines_with_one_axis(tmp_path: Path) -> None:
@@ -92,17 +94,23 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 def test_examples_are_the_extremes_without_repetition() -> None:
     rows = example_rows([group(1.0, 5.0), group(3.0, -2.0, 4.0)], step=9, num=2)
     at = example_columns().index
-    assert [(row[at("rank")], row[at("total")]) for row in rows] == [
-        ("best", 5.0),
-        ("best", 4.0),
-        ("worst", -2.0),
-        ("worst", 1.0),
-    ]
+    assert [(row[at("rank")], row[at("total")]) for row in rows] == [(1, 5.0), (2, 4.0), (4, 1.0), (5, -2.0)]
     assert rows[0][at("truth")] == "1.00 to 3.00"
     assert rows[0][at("anchors")] == "0.00 to 3.00, 1.00 to 3.00"
-    assert rows[2][at("answer")] == "unreadable"
+    assert rows[3][at("answer")] == "unreadable"
     assert all(len(row) == len(example_columns()) and row[at("step")] == 9 for row in rows)
     assert [row[at("total")] for row in example_rows([group(1.0, 5.0)], 0, num=4)] == [5.0, 1.0]
+
+
+def test_completions_can_be_grouped_by_what_is_wrong_with_them() -> None:
+    assert fault_names((), True) == [] and fault_names(("no_think", "order"), False) == ["no_think", "order", "cut_off"]
+    answers = [answer("a", Span(1.0, 3.0)), answer("b", None), replace(answer("c", None), faults=())]
+    at = ANSWER_COLUMNS.index("faults")
+    assert [row[at] for row in answer_rows(answers, 5)] == ["x, y", "x, y", "none"]
+    faulty = group(1.0, 5.0)
+    cut = replace(faulty.rollouts[0], completion=replace(faulty.rollouts[0].completion, is_finished=False))
+    rows = example_rows([replace(faulty, rollouts=(cut, faulty.rollouts[1]))], 0, 5)
+    assert [row[example_columns().index("faults")] for row in rows] == ["none", "cut_off"]
 
 
 def test_a_missing_artifact_is_our_mistake_not_wandbs(tmp_path: Path) -> None:
@@ -149,6 +157,7 @@ def test_what_must_not_leave_the_machine(monkeypatch: pytest.MonkeyPatch) -> Non
 
 FAKE_KEY = "0123456789abcdef0123456789abcdef01234567"
 SCRIPT = """
+import io
 import sys
 import time
 from pathlib import Path
@@ -157,6 +166,16 @@ from tartvg.config import TrackingConfig, TrackingMode
 from tartvg.monitors import Alarm
 from tartvg.types import Span
 from helpers.tracking import answer, group, tracker
+from PIL import Image
+
+
+def draw(answer):
+    if answer.sample_id == "e":
+        raise ValueError("a damaged video")
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 20), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
 
 folder, mode = Path(sys.argv[1]), TrackingMode(sys.argv[2])
 for resume_step in (0, 2):
@@ -169,7 +188,9 @@ for resume_step in (0, 2):
         (folder / "traces.jsonl").write_text("{{}}\\n")
         t.uses("traces", "traces", folder / "traces.jsonl")
         t.artifact("grpo1-adapter", "adapter", folder / "adapter")
-        t.answers([answer("a", Span(1.0, 3.0)), answer("b", None)], "planted")
+        answers = [answer(name, Span(1.0, 3.0) if name == "a" else None) for name in "abcde"]
+        t.answers(answers[:2], "planted")
+        t.strips(answers, "planted", draw)
         t.alarms([Alarm("kl_blowup", resume_step, "rollout/kl", 2.0, 0.5, "step: too far")])
         t.summary({{"eval/planted/miou": 0.625}})
     time.sleep(1.1)  # W&B names the folder of a run by the second
@@ -224,9 +245,17 @@ def test_an_offline_run_holds_what_was_logged(offline: Path) -> None:
     assert sum("eval/planted/answers/path" in row for row in rows) == 2
     assert sum("rollout/examples/path" in row for row in rows) == 2
     tables = [json.loads(p.read_text()) for p in offline.glob("wandb/offline-run-*/files/media/table/rollout/*.json")]
-    assert [table["data"][0][2] for table in tables] == ["find the cat"] * 2
+    assert [table["data"][0][1:4] for table in tables] == [[1, "none", "find the cat"]] * 2
     tables = [json.loads(p.read_text()) for p in offline.glob("wandb/offline-run-*/files/media/table/eval/*/*.json")]
-    assert [row[:2] for row in tables[0]["data"]] == [["best", "a"], ["best", "b"]]
+    assert [row[:3] for row in tables[0]["data"]] == [[1, "x, y", "a"], [2, "x, y", "b"]]
+    strips = [{k.rpartition("/")[2]: v for k, v in row.items() if "film_strips" in k} for row in rows]
+    strips = [row for row in strips if row]
+    # The best two and the worst two, one of whose videos is damaged; once in each part of the run.
+    assert [row["captions"] for row in strips] == [["rank 1: q", "rank 2: q", "rank 4: q"]] * 2
+    assert [(row["count"], row["width"], row["height"]) for row in strips] == [(3, 40, 20)] * 2
+    kept = [[p for p in offline.glob("wandb/offline-run-*/files/" + name)] for name in strips[0]["filenames"]]
+    assert all(kept), "the pictures are among the run's own files"
+    assert not [p for p in offline.rglob("*.png") if "media" not in p.parts], "and nothing is left beside them"
 
 
 @pytest.mark.slow
