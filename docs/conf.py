@@ -32,11 +32,14 @@ html_show_copyright = html_show_sphinx = False
 pygments_style, pygments_dark_style = "friendly", "monokai"
 
 CONTENTS = {
-    "Use": ("docs/commands", "docs/data", "docs/several_gpus", "docs/long_runs", "docs/export", "recipes/README"),
+    "Use": (
+        "docs/commands", "docs/data", "docs/several_gpus", "docs/long_runs", "docs/export", "docs/serve",
+        "recipes/README",
+    ),
     "Look": ("docs/reports", "docs/monitoring", "docs/wandb", "docs/results", "experiments/README"),
     "Change": ("docs/tutorial", "docs/code", "docs/paper_to_code", "docs/credit", "CONTRIBUTING"),
     "Look up": ("docs/README", "docs/settings", "docs/glossary", "CHANGELOG", "SECURITY"),
-}
+}  # fmt: skip
 
 
 def prepared(app: Any, name: str, source: list[str]) -> None:

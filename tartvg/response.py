@@ -30,6 +30,28 @@ _MAX_SPAN_LENGTH = 100
 _END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
+FAULT_WORDS = {
+    Fault.NO_THINK: "there is no reasoning in <think> tags",
+    Fault.THINK_UNCLOSED: "the reasoning is never closed",
+    Fault.THINK_REPEATED: "there is more than one block of reasoning",
+    Fault.UNWANTED_THINK: "it reasons although only the answer was asked for",
+    Fault.NO_ANSWER: "there is no answer behind the reasoning",
+    Fault.ANSWER_UNCLOSED: "an answer is never closed",
+    Fault.ANSWER_REPEATED: "there is more than one answer",
+    Fault.ANSWER_UNREADABLE: "an answer is not of the form A to B",
+    Fault.ANSWER_REVERSED: "an answer does not end after it begins",
+    Fault.NO_ANCHOR: "the reasoning holds no readable timestamp",
+    Fault.ANCHOR_UNCLOSED: "a timestamp is never closed or never opened",
+    Fault.ANCHOR_UNREADABLE: "a timestamp is not of the form A to B",
+    Fault.ANCHOR_REVERSED: "a timestamp does not end after it begins",
+    Fault.ANCHOR_OUTSIDE_THINK: "a timestamp stands outside the reasoning",
+    Fault.ANSWER_MISMATCH: "the answer is not the last timestamp",
+    Fault.STRAY_TEXT: "there is text outside the two blocks",
+    Fault.ORDER: "the answer comes before the end of the reasoning",
+}
+"""Each fault for somebody who reads one answer."""
+
+
 Range = tuple[int, int]
 """First character and the one after the last."""
 

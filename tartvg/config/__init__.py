@@ -43,6 +43,7 @@ from tartvg.config.policy import FramesConfig, LoraConfig, PolicyConfig
 from tartvg.config.resolvers import register_resolvers
 from tartvg.config.reward import RewardConfig
 from tartvg.config.run import Config, StageConfig
+from tartvg.config.serve import ServeConfig
 from tartvg.config.sft import SftConfig
 from tartvg.config.tracking import ReportConfig, TrackingConfig
 from tartvg.config.trainer import Strategy, TrainerConfig, Zero3Config
@@ -83,6 +84,7 @@ __all__ = [
     "ReportConfig",
     "RewardConfig",
     "SamplingConfig",
+    "ServeConfig",
     "SettingError",
     "SftConfig",
     "StageConfig",

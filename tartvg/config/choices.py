@@ -34,6 +34,7 @@ class StageName(Enum):
     grpo2 = "grpo2"
     evaluate = "evaluate"
     ground = "ground"
+    serve = "serve"
     export = "export"
     check_data = "check_data"
     memory = "memory"

@@ -15,6 +15,7 @@ from tartvg.config.grpo import GrpoConfig
 from tartvg.config.monitors import MonitorsConfig
 from tartvg.config.policy import PolicyConfig
 from tartvg.config.reward import RewardConfig
+from tartvg.config.serve import ServeConfig
 from tartvg.config.sft import SftConfig
 from tartvg.config.tracking import ReportConfig, TrackingConfig, is_below
 from tartvg.config.trainer import TrainerConfig
@@ -48,7 +49,7 @@ class Config(Settings):
     """Start a training stage anew whose settings or inputs have changed; its old results are moved aside. Without it
     such a stage is refused."""
     init_adapter: str | None = setting(None, effect=Effect.content)
-    """Adapter folder that grpo1, grpo2, ground or export starts from, instead of the stage's own rule."""
+    """Adapter folder that grpo1, grpo2, ground, serve or export starts from, instead of the stage's own rule."""
     video: str | None = setting(None, effect=Effect.none)
     """stage=ground: the video file."""
     query: str | None = setting(None, effect=Effect.none)
@@ -66,6 +67,7 @@ class Config(Settings):
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     faithfulness: FaithfulnessConfig = field(default_factory=FaithfulnessConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     report: ReportConfig = field(default_factory=ReportConfig)

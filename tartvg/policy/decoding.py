@@ -11,7 +11,7 @@ Legend: P prompts, G rollouts per prompt, R = P * G rows, T tokens of a completi
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,8 @@ Head = Callable[[Tensor], Tensor]
 """Hidden states (R, hidden) -> float32 logits (R, V)."""
 Said = tuple[list[int], list[float]]
 """Tokens of a row up to its end, and their log-probabilities."""
+Watch = Callable[[list[int]], None]
+"""Told the newest token of every row that is still decoded, token after token. What it raises ends the decoding."""
 
 
 @dataclass(frozen=True)
@@ -211,12 +213,12 @@ def pace_of(device: torch.device) -> Pace:
 
 def decode(
     language_model: Any, head: Head, cache: DecodeCache, hidden: Tensor, start: Sequence[int], limits: SamplingConfig,
-    seeds: Sequence[int], end_ids: Collection[int], num_greedy: int = 0,
+    seeds: Sequence[int], end_ids: Collection[int], num_greedy: int = 0, watch: Watch | None = None,
 ) -> list[list[Said]]:  # fmt: skip
     """Completions of the P prompts in `cache`, as many of each as it has rows: first `num_greedy` greedy ones.
 
     hidden (P, hidden) holds the states of the prompts' last tokens, start the positions of the tokens behind them. With
-    temperature 0 all are greedy.
+    temperature 0 all are greedy. A `watch` costs a look at the device per token.
     """
     group, device = cache.group_size - num_greedy, hidden.device
     is_drawn = limits.temperature > 0 and group > 0
@@ -233,15 +235,20 @@ def decode(
     has_greedy = num_greedy > 0 or not is_drawn
     decoding = Decoding(DecodePass(language_model), head, cache, rows, limits, ends, has_greedy, is_drawn)
     decoding.draw(hidden.repeat_interleave(cache.group_size, dim=0))
-    return _to_the_end(decoding, len(start), pace_of(device), end_ids)
+    pace = pace_of(device) if watch is None else replace(pace_of(device), look_every=1)
+    return _to_the_end(decoding, len(start), pace, end_ids, watch)
 
 
-def _to_the_end(decoding: Decoding, num_prompts: int, pace: Pace, end_ids: Collection[int]) -> list[list[Said]]:
+def _to_the_end(
+    decoding: Decoding, num_prompts: int, pace: Pace, end_ids: Collection[int], watch: Watch | None
+) -> list[list[Said]]:
     """Take steps until all prompts are over, and drop rows whose prompts are."""
     cache, rows, stepper = decoding.cache, decoding.rows, Stepper(decoding)
     said: list[list[Said]] = [[] for _ in range(num_prompts)]
     live, length, longest = list(range(num_prompts)), 1, decoding.limits.max_new_tokens
     while True:
+        if watch is not None:
+            watch(rows.ids.tolist())
         if length == longest or (length - 1) % pace.look_every == 0:
             is_over = rows.has_ended.view(len(live), -1).all(dim=1).tolist()
             if all(is_over) or length == longest:

@@ -221,6 +221,15 @@ def load_adapter(model: Any, folder: Path, settings: LoraConfig, *, is_reference
     return wrapped
 
 
+def add_adapter(model: peft.PeftModel, folder: Path, name: str, settings: LoraConfig) -> None:
+    """Load an adapter beside those that the model has. Raises SettingError as `check_adapter_files` does."""
+    check_adapter_files(folder, str(folder))
+    with todays_form(folder) as form:
+        model.load_adapter(str(form), adapter_name=name, is_trainable=True)
+    if settings.compute is LoraCompute.native:
+        compute_natively(model)
+
+
 def todays_name(name: str) -> str:
     """What transformers 4.52 and later call a weight of an adapter."""
     for old, new in OLD_NAMES:

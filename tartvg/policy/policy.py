@@ -19,13 +19,13 @@ from torch.utils.checkpoint import checkpoint
 from tartvg.config import PolicyConfig, SamplingConfig
 from tartvg.data.clips import ClipReader
 from tartvg.data.video import Clip
-from tartvg.policy.decoding import decode, pace_of
+from tartvg.policy.decoding import Watch, decode, pace_of
 from tartvg.policy.disk_cache import DiskCache, disk_cache
 from tartvg.policy.features import FeatureCache, VideoFeatures, video_key
 from tartvg.policy.head import compute_in_float32, never_sampled, token_bias
 from tartvg.policy.inputs import PromptInputs, clip_patches, encode_prompt
 from tartvg.policy.kv_cache import CAUSAL, DecodeCache, PrefixCache
-from tartvg.policy.loading import ADAPTER, REFERENCE, load_adapter, load_base, new_adapter
+from tartvg.policy.loading import ADAPTER, REFERENCE, add_adapter, load_adapter, load_base, new_adapter
 from tartvg.policy.packed import packed_states
 from tartvg.policy.prefix_attention import suffix_states
 from tartvg.policy.torch_setup import eval_mode
@@ -217,12 +217,12 @@ class Policy(torch.nn.Module):
     @torch.no_grad()
     def sample(
         self, prompts: Sequence[PreparedPrompt], group_size: int, settings: SamplingConfig, seeds: Sequence[int],
-        num_greedy: int = 0,
+        num_greedy: int = 0, watch: Watch | None = None,
     ) -> list[list[Completion]]:  # fmt: skip
         """G completions of each prompt; each prompt is prefilled once. Temperature 0 is greedy.
 
         `seeds` has one number per prompt: a group depends on its own seed only, not on its neighbours. Before the G
-        come `num_greedy` greedy ones, from the same prefill.
+        come `num_greedy` greedy ones, from the same prefill. `watch` sees the tokens as they come.
         """
         with self.timer("sample"), eval_mode(self):
             filled = [self._prefill(p) for p in prompts]
@@ -232,13 +232,18 @@ class Policy(torch.nn.Module):
             del filled  # every prompt has been copied
             start = [p.inputs.next_position for p in prompts]
             said = decode(
-                self.language_model, self._logits, cache, hidden, start, settings, seeds, self.end_ids, num_greedy
-            )
+                self.language_model, self._logits, cache, hidden, start, settings, seeds, self.end_ids, num_greedy,
+                watch,
+            )  # fmt: skip
         return [[self._completion(*row) for row in group] for group in said]
 
     def _completion(self, ids: list[int], logps: list[float]) -> Completion:
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return Completion(text, tuple(ids), tuple(logps), ids[-1] in self.end_ids)
+        return Completion(self.text_of(ids), tuple(ids), tuple(logps), ids[-1] in self.end_ids)
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Decode tokens of a completion, without those that end it."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """float32 logits of (..., hidden) states; tokens that a policy may never say are at -inf."""
@@ -358,3 +363,17 @@ class Policy(torch.nn.Module):
                 yield
             finally:
                 tuner.set_adapter(ADAPTER, inference_mode=False)
+
+    def add_adapter(self, name: str, folder: Path) -> None:
+        """Load another adapter beside the policy's own, on the same base. `check_adapter` has seen its folder."""
+        add_adapter(self.model, folder, name, self.settings.lora)
+
+    @contextmanager
+    def as_adapter(self, name: str) -> Iterator[None]:
+        """Inside the block the policy speaks with that adapter; `ADAPTER` is its own."""
+        tuner: Any = self.model.base_model
+        tuner.set_adapter(name)
+        try:
+            yield
+        finally:
+            tuner.set_adapter(ADAPTER)

@@ -9,12 +9,10 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-from matplotlib.ticker import MaxNLocator
-
 from tartvg import rewards
 from tartvg.evaluation.score import answer_iou
 from tartvg.report.questions import question_of
-from tartvg.report.strips import Lane, contact_row, lane_text, lanes_of
+from tartvg.report.strips import Lane, contact_row, lane_text, lanes_of, ticks
 from tartvg.response import parse_response
 from tartvg.rewards import Rubric
 from tartvg.types import GroundingSample, Prediction, RewardBreakdown, Rollout, RolloutGroup, Span
@@ -134,8 +132,7 @@ def _strip_html(video: Path | None, duration: float, lanes: Sequence[Lane]) -> s
         except ValueError:
             frames = '<p class="note">No frames: the video could not be read.</p>'
     rows = "".join(_lane_html(lane, duration) for lane in lanes)
-    ticks = [t for t in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0, duration) if 0 <= t <= duration]
-    marks = "".join(f'<span style="left:{100 * t / duration:.2f}%">{t:g}</span>' for t in ticks)
+    marks = "".join(f'<span style="left:{100 * t / duration:.2f}%">{t:g}</span>' for t in ticks(duration))
     return (
         f'<figure class="strip"><div class="lane">{frames}</div>{rows}<div class="lane seconds" aria-hidden="true">'
         f'<span class="label">seconds</span><span class="axis">{marks}</span></div></figure>'

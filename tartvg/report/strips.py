@@ -12,6 +12,7 @@ import numpy as np
 from av.error import FFmpegError
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from tartvg.data.decode import Painter, pictures
@@ -61,15 +62,24 @@ def thumbnails(video: Path, times: Sequence[float], height: int = 96) -> list[Im
 
 def contact_row(video: Path, duration: float, num: int = NUM_FRAMES, height: int = 96) -> bytes:
     """The frames side by side as one JPEG. Raises ValueError as `thumbnails` does."""
-    images = thumbnails(video, frame_times(duration, num), height)
-    width = max(image.width for image in images)
-    row = Image.new("RGB", (width * num, height), "white")
+    return row_of(thumbnails(video, frame_times(duration, num), height))
+
+
+def row_of(images: Sequence[Image.Image]) -> bytes:
+    """Put pictures of one height side by side, as one JPEG."""
+    width, height = max(image.width for image in images), images[0].height
+    row = Image.new("RGB", (width * len(images), height), "white")
     for i, image in enumerate(images):
         # A light line on the left edge keeps neighbouring frames apart.
         row.paste(image.crop((2 if i else 0, 0, width, height)), (i * width + (2 if i else 0), 0))
     buffer = io.BytesIO()
     row.save(buffer, "JPEG", quality=82, optimize=True)
     return buffer.getvalue()
+
+
+def ticks(duration: float) -> list[float]:
+    """Choose round times in [0, duration] for a time axis, in seconds."""
+    return [float(t) for t in MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(0, duration) if 0 <= t <= duration]
 
 
 def lanes_of(anchors: Sequence[Span], answer: Span | None, prefix: str = "") -> list[Lane]:

@@ -15,6 +15,7 @@ STAGES: dict[StageName, str] = {
     StageName.grpo2: "tartvg.stages.grpo:run_grpo2",
     StageName.evaluate: "tartvg.stages.evaluate:run_evaluate",
     StageName.ground: "tartvg.stages.ground:run_ground",
+    StageName.serve: "tartvg.stages.serve:run_serve",
     StageName.export: "tartvg.stages.export:run_export",
     StageName.check_data: "tartvg.stages.check_data:run_check_data",
     StageName.memory: "tartvg.stages.memory:run_memory",

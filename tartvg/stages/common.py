@@ -132,16 +132,16 @@ def base_identity(config: Config) -> str:
     return f"{settings.path}@{settings.revision}"
 
 
-def adapter_of(config: Config, target: str) -> Path | None:
+def adapter_of(config: Config, target: str, setting: str = "evaluate.policies") -> Path | None:
     """The adapter folder of `base` (None), of a stage of this run, or of a path.
 
-    Raises SettingError for one that cannot be used on the base, before any weight is read.
+    Raises SettingError for one that cannot be used on the base, before any weight is read; `setting` has named it.
     """
     if target == BASE:
         return None
     is_stage = target in ("grpo1", "sft", "grpo2")
     folder = run_dir(config) / target / "adapter" if is_stage else Path(target)
-    setting = "init_adapter" if target == config.init_adapter else "evaluate.policies"
+    setting = "init_adapter" if target == config.init_adapter else setting
     check_adapter(config.policy, folder, f"{target}: {folder}" if is_stage else f"{setting}={target}")
     return folder
 

@@ -8,16 +8,14 @@ from pathlib import Path
 from tartvg.config import Config, SettingError
 from tartvg.data.clips import decode_isolated
 from tartvg.data.packets import VideoError
+from tartvg.policy.asking import ask
 from tartvg.policy.loading import checked_base
 from tartvg.policy.model_files import ADAPTER_FILE
-from tartvg.policy.sampling import greedy
 from tartvg.policy.torch_setup import set_up_torch
-from tartvg.prompts import build_prompt
 from tartvg.report.strips import film_strip
 from tartvg.response import parse_response
 from tartvg.stages.common import adapter_of, load_policy
 from tartvg.stages.folder import run_dir
-from tartvg.types import GroundingSample
 
 LAST_TO_FIRST = ("grpo2", "sft", "grpo1")
 
@@ -45,10 +43,8 @@ def run_ground(config: Config) -> None:
         raise SettingError(f"video: {error}") from error
     adapter = trained_adapter(config)
     print(f"policy: {config.policy.path} " + (f"with {adapter}" if adapter else "(no trained adapter in this run)"))
-    sample = GroundingSample(video.stem, video, config.query, (), clip.duration, "test")
     policy = load_policy(config, adapter, num_decoders=0).eval()
-    prepared = policy.prepare(build_prompt(sample, config.anchors), clip)
-    completion = policy.sample([prepared], 1, greedy(config.grpo.sampling), [0])[0][0]
+    completion = ask(policy, video, config.query, config.anchors, config.grpo.sampling, clip)
     response = parse_response(completion.text, is_direct=config.anchors.is_direct)
     print(completion.text)
     for number, anchor in enumerate(response.anchors, start=1):

@@ -14,6 +14,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name in ("DeepSpeed", "pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks its own server whether it is there
     for text in (
         ".*is_gradient_checkpointing.*",
         ".*does not have many workers.*",

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tartvg.response import Marks, parse_response, read_marks
+from tartvg.response import FAULT_WORDS, Marks, parse_response, read_marks
 from tartvg.types import Fault, Span
 
 GOOD = (
@@ -53,6 +53,10 @@ FAULTY: list[tuple[Fault, str]] = [
     (Fault.ORDER, ANSWER + ONE),
     (Fault.ORDER, "<think><timestamp>1 to 2</timestamp><answer>1 to 2</answer></think>"),
 ]
+
+
+def test_every_fault_has_words_of_its_own():
+    assert set(FAULT_WORDS) == set(Fault) and len(set(FAULT_WORDS.values())) == len(Fault)
 
 
 def test_the_format():
