@@ -28,10 +28,9 @@ REFINEMENT_RATE = 0.2
 """stagnant_refinement: share of refined anchors below this [stated: 0.2]. Chance is near one half."""
 MIN_PAIRS = 0.1
 """stagnant_refinement: successive anchors per completion that it takes to speak of refinement at all."""
-FIRST_FALL = 0.05
-"""sandbagging: the first anchor's IoU is this far below its best running mean."""
-LAST_RISE = 0.02
-"""sandbagging: the last anchor's IoU is this far above what it was then."""
+HELD_RISE = 0.06
+"""sandbagging: a completion's best anchor minus its first is this far above its lowest running mean. With the paper's
+reward it rises by 0.09 to 0.12 in each of three seeds, where every anchor is paid for itself by 0.04 at most."""
 ZERO_VARIANCE_RATE = 0.75
 """zero_variance: share of groups without any difference in reward above this. They teach nothing: at three quarters, a
 step costs four times what it teaches."""
@@ -108,19 +107,19 @@ def stagnant_refinement(lines: Sequence[Line], window: int, target: int) -> Find
 
 
 def sandbagging(lines: Sequence[Line], window: int, target: int) -> Finding | None:
-    """The first anchor gets worse while the last gets better: it is paid for leaving room to refine it."""
-    pairs = [(line.get("anchors/first_iou_mean"), line.get("anchors/last_iou_mean")) for line in lines]
-    known = [(first, last) for first, last in pairs if first is not None and last is not None]
+    """The best anchor pulls away from a first one that gets no better: it is paid for leaving room to refine it."""
+    pairs = [(line.get("anchors/held_back_mean"), line.get("anchors/first_iou_mean")) for line in lines]
+    known = [(held, first) for held, first in pairs if held is not None and first is not None]
     if target < 2 or len(known) < window:
         return None
     ends = range(window, len(known) + 1)
-    firsts, lasts = ([fmean(v[side] for v in known[end - window : end]) for end in ends] for side in (0, 1))
-    best = max(range(len(firsts)), key=firsts.__getitem__)
-    bound = firsts[best] - FIRST_FALL
-    if firsts[-1] >= bound or lasts[-1] < lasts[best] + LAST_RISE:
+    helds, firsts = ([fmean(v[side] for v in known[end - window : end]) for end in ends] for side in (0, 1))
+    least = min(range(len(helds)), key=helds.__getitem__)
+    bound = helds[least] + HELD_RISE
+    if helds[-1] <= bound or firsts[-1] > firsts[least]:
         return None
-    words = f"the first anchor holds back while the last improves; it was at {firsts[best]:.3g}"
-    return Finding("anchors/first_iou_mean", firsts[-1], bound, words)
+    words = f"the first anchor holds back what the policy knows; it was {firsts[least]:.3g} and is {firsts[-1]:.3g}"
+    return Finding("anchors/held_back_mean", helds[-1], bound, words)
 
 
 def zero_variance(lines: Sequence[Line], window: int, target: int) -> Finding | None:

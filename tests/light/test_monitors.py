@@ -113,21 +113,20 @@ def test_refinement_counts_pairs_and_needs_some():
     assert fired(rows)["stagnant_refinement"].value == pytest.approx(0.18)
 
 
-def test_sandbagging_is_a_first_anchor_that_falls_while_the_last_rises():
-    def course(*pairs):
-        return fired(lines(*({"anchors/first_iou_mean": a, "anchors/last_iou_mean": b} for a, b in pairs)))
+def test_sandbagging_is_a_first_anchor_that_gets_no_better_while_the_best_pulls_away():
+    def course(*pairs, target=2):
+        found = lines(*({"anchors/held_back_mean": a, "anchors/first_iou_mean": b} for a, b in pairs))
+        return fired(found, target=target)
 
-    before = [(0.60, 0.60)] * WINDOW
-    assert list(course(*before, *[(0.54, 0.63)] * WINDOW)) == ["sandbagging"]
-    assert course(*before, *[(0.56, 0.63)] * WINDOW) == {}, "it hardly falls"
-    assert course(*before, *[(0.54, 0.61)] * WINDOW) == {}, "the last does not rise: nothing is learned"
-    assert course(*before, *[(0.54, 0.50)] * WINDOW) == {}, "both fall"
-    assert course(*before, (0.52, 0.9)) == {}, "one step is not a window"
-    held = lines(
-        *({"anchors/first_iou_mean": a, "anchors/last_iou_mean": b} for a, b in [(0.6, 0.6)] * 2 + [(0.4, 0.7)] * 2)
-    )
-    assert "sandbagging" not in fired(held, target=1), "with one anchor there is nothing to hold back"
-    assert fired(held)["sandbagging"].bound == pytest.approx(0.55)
+    before = [(0.10, 0.60)] * WINDOW
+    held = course(*before, *[(0.17, 0.58)] * WINDOW)
+    assert list(held) == ["sandbagging"] and held["sandbagging"].bound == pytest.approx(0.16)
+    assert course(*before, *[(0.15, 0.58)] * WINDOW) == {}, "it hardly pulls away"
+    assert course(*before, *[(0.17, 0.62)] * WINDOW) == {}, "the first improves too, only less"
+    assert course(*before, (0.20, 0.5)) == {}, "one step is not a window"
+    assert course(*[(0.2, 0.5)] * WINDOW, *before) == {}, "it holds back less than it did"
+    assert course((0.0, 0.0), *[(0.2, 0.5)] * WINDOW) == {}, "at first nothing had two anchors"
+    assert course(*before, *[(0.17, 0.58)] * WINDOW, target=1) == {}, "with one anchor there is nothing to hold back"
 
 
 def test_entropy_has_a_floor_of_its_own():
