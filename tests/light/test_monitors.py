@@ -126,7 +126,8 @@ def test_sandbagging_is_a_first_anchor_that_gets_no_better_while_the_best_pulls_
     assert course(*before, (0.20, 0.5)) == {}, "one step is not a window"
     assert course(*[(0.2, 0.5)] * WINDOW, *before) == {}, "it holds back less than it did"
     assert course((0.0, 0.0), *[(0.2, 0.5)] * WINDOW) == {}, "at first nothing had two anchors"
-    assert course(*before, *[(0.17, 0.58)] * WINDOW, target=1) == {}, "with one anchor there is nothing to hold back"
+    alone = course(*before, *[(0.17, 0.58)] * WINDOW, target=1)
+    assert "sandbagging" not in alone, "with one anchor there is nothing to hold back"
 
 
 def test_entropy_has_a_floor_of_its_own():
