@@ -121,6 +121,7 @@ class Credit(Enum):
     outcome = "outcome"
     return_to_go = "return_to_go"
     own_term = "own_term"
+    own_part = "own_part"
     turn = "turn"
     potential = "potential"
 

@@ -74,8 +74,9 @@ class GrpoConfig(Settings, path="grpo"):
     """What divides the centred rewards of a group."""
     credit: Credit = Credit.outcome
     """What the tokens up to an anchor are paid for: the whole completion, as all others (`outcome`, the paper); what is
-    earned from there on (`return_to_go`); that anchor's own terms (`own_term`), without TAR3 (`turn`); or how much
-    better the last anchor is than the one before (`potential`)."""
+    earned from there on (`return_to_go`); that anchor's own terms (`own_term`), with the answer's IoU for the
+    answer alone (`own_part`), or without TAR3 (`turn`); or how much better the last anchor is than the one before
+    (`potential`)."""
     normalise: Normalise = Normalise.total
     """Whether completions are compared by the weighted sum of the terms, or by each term before its weight (GDPO)."""
     loss_aggregation: Aggregation = Aggregation.sequence_mean

@@ -10,7 +10,7 @@ between, and one without any is its last segment alone. So S is K + 1, or 1 wher
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -106,14 +106,22 @@ def own_term(earned: Earned, compare: Comparison) -> Tensor:
 
     The outcome is what no anchor earned: format, IoU of the answer, count.
     """
-    own = _segments(earned, compare, lambda k: {name: values[:, k] for name, values in earned.shares_GK.items()})
-    return compare(earned.terms_G)[:, None] + own
+    return compare(earned.terms_G)[:, None] + _segments(earned, compare, _own_of(earned))
+
+
+def own_part(earned: Earned, compare: Comparison) -> Tensor:
+    """As `own_term`, but the answer's IoU is paid to the last segment alone, and compared apart from format and count.
+
+    So the tokens of an anchor hear of nothing but it and the form of the whole. Ours.
+    """
+    own = _segments(earned, compare, _own_of(earned), {ANSWER: earned.terms_G[ANSWER]})
+    return compare(_form_of(earned))[:, None] + own
 
 
 def turn(earned: Earned, compare: Comparison) -> Tensor:
     """As `own_term`, but TAR3 is paid to nobody and the rest is weighted (MT-GRPO, arXiv 2505.11821)."""
     kept = {name: values_GK for name, values_GK in earned.shares_GK.items() if name != REFINEMENT}
-    own = _segments(earned, compare, lambda k: {name: values_GK[:, k] for name, values_GK in kept.items()})
+    own = _segments(earned, compare, _own_of(replace(earned, shares_GK=kept)))
     return compare(earned.terms_G)[:, None] + TURN_WEIGHT * own
 
 
@@ -126,16 +134,27 @@ def potential(earned: Earned, compare: Comparison) -> Tensor:
     before_GK = torch.nn.functional.pad(earned.ious_GK, (1, 0))
     last_G, answer = earned.last_iou_G, {ANSWER: earned.terms_G[ANSWER]}
     gains = _segments(earned, compare, lambda k: {"gain": last_G - before_GK[:, k]}, answer)
-    return compare({n: v for n, v in earned.terms_G.items() if n != ANSWER})[:, None] + gains
+    return compare(_form_of(earned))[:, None] + gains
 
 
 SCHEMES: dict[Credit, Scheme] = {
     Credit.outcome: outcome,
     Credit.return_to_go: return_to_go,
     Credit.own_term: own_term,
+    Credit.own_part: own_part,
     Credit.turn: turn,
     Credit.potential: potential,
 }
+
+
+def _own_of(earned: Earned) -> Callable[[int], Mapping[str, Tensor]]:
+    """What anchor k earned, term by term."""
+    return lambda k: {name: values_GK[:, k] for name, values_GK in earned.shares_GK.items()}
+
+
+def _form_of(earned: Earned) -> dict[str, Tensor]:
+    """Terms of the completion as a whole: format and count."""
+    return {name: term_G for name, term_G in earned.terms_G.items() if name != ANSWER}
 
 
 def _segments(

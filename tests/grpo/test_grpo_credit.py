@@ -56,14 +56,21 @@ BY_HAND = {
         [5.75 - 0.16667, 5.75 + 1.3, 5.75, 5.75],
         [1.05 + 0.03333, 1.05 - 1.3, 1.05, 1.05],
     ],
-    # the same with 1.2, .6 for the second
+    # -10, -2, 3, -2 for format and count; the anchors as before; the answer .4, .5, .6, .9
+    Credit.own_part: [
+        [-7.25, -7.25, -7.25, -7.25 - 0.2],
+        [0.75 + 0.13333, 0.75, 0.75, 0.75 - 0.1],
+        [5.75 - 0.16667, 5.75 + 1.3, 5.75, 5.75],
+        [0.75 + 0.03333, 0.75 - 1.3, 0.75, 0.75 + 0.3],
+    ],
+    # as own_term with 1.2, .6 for the second
     Credit.turn: [
         [-7.45, -7.45, -7.45, -7.45],
         [0.65 + 0.13333, 0.65, 0.65, 0.65],
         [5.75 - 0.16667, 5.75 + 0.3, 5.75, 5.75],
         [1.05 + 0.03333, 1.05 - 0.3, 1.05, 1.05],
     ],
-    # -10, -2, 3, -2 for format and count; the last anchor .5, .6, .9; minus the first .4, .5; the answer .4, .5, .6, .9
+    # as own_part, but the last anchor .5, .6, .9 for the first, and minus that .4, .5 for the second
     Credit.potential: [
         [-7.25, -7.25, -7.25, -7.25 - 0.2],
         [0.75 - 0.16667, 0.75, 0.75, 0.75 - 0.1],
@@ -149,11 +156,10 @@ GROUPS = st.integers(2, 6).flatmap(
 @given(GROUPS, st.sampled_from(Normalise), st.sampled_from(AdvantageScale))
 def test_every_segment_has_a_mean_of_zero(drawn, normalise: Normalise, scale: AdvantageScale):
     group, compare = earned(*drawn), Comparison(WEIGHTS, normalise, scale)
+    outcomes, form = compare(group.terms_G), compare({n: v for n, v in group.terms_G.items() if n != "iou"})
     whole = {
-        Credit.own_term: compare(group.terms_G),
-        Credit.turn: compare(group.terms_G),
-        Credit.potential: compare({n: v for n, v in group.terms_G.items() if n != "iou"}),
-    }
+        Credit.own_term: outcomes, Credit.turn: outcomes, Credit.own_part: form, Credit.potential: form,
+    }  # fmt: skip
     for credit, scheme in SCHEMES.items():
         found = scheme(group, compare)
         apart = found - whole.get(credit, torch.zeros(len(found)))[:, None]
