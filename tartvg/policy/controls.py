@@ -30,5 +30,5 @@ def in_order(video: VideoFeatures, order_T: torch.Tensor) -> VideoFeatures:
     """Reorder the features of a video, so that grid step t shows what step `order_T[t]` showed."""
     steps = video.grid_thw[0]
     assert sorted(order_T.tolist()) == list(range(steps)), "an order holds every step once"
-    by_step_TN = video.embeddings.unflatten(0, (steps, -1))
-    return replace(video, embeddings=by_step_TN[order_T.to(video.embeddings.device)].flatten(0, 1))
+    order_T = order_T.to(video.embeddings.device)
+    return video.mapped(lambda features: features.unflatten(0, (steps, -1))[order_T].flatten(0, 1))

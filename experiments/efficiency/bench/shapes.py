@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tartvg.policy.positions import prompt_positions
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from experiments.tiny_base.model import build_tokenizer, tiny_config
@@ -19,7 +20,6 @@ from tartvg.policy.features import VideoFeatures
 from tartvg.policy.inputs import ClipPatches, PromptInputs
 from tartvg.policy.loading import DTYPES
 from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
-from tartvg.policy.positions import prompt_positions
 from tartvg.types import GroundingSample, Prompt, Span
 
 TEXT_BEFORE = 16
