@@ -14,6 +14,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 
 from tartvg.config import FramesConfig, LoraConfig, PolicyConfig, SamplingConfig, SettingError, VideoWrapper
 from tartvg.data.video import Clip, target_size
+from tartvg.policy.controls import in_order, with_shifted_stamps
 from tartvg.policy.disk_cache import DiskCache
 from tartvg.policy.families.qwen3_vl import PATCH_FORM, encode_prompt, prompt_text
 from tartvg.policy.features import FeatureCache, VideoFeatures
@@ -273,6 +274,28 @@ def test_caches_hold_all_features_and_count_them(policy, item, tmp_path):
     content = next(tmp_path.iterdir())
     content.write_bytes(content.read_bytes().replace(b"deepstack.00", b"deepstack.03"))
     assert disk.get("a") is None, "another order"
+
+
+# --- the control that only this family allows
+
+
+def test_shifted_stamps_change_the_text_of_the_prompt_and_nothing_else(policy, item):
+    shifted = with_shifted_stamps(policy, item, 5.0)
+    before, after = (policy.tokenizer.decode(x.inputs.ids) for x in (item, shifted))
+    assert "<0.2 seconds>" in before and "<4.2 seconds>" in before
+    assert "<5.2 seconds>" in after and "<9.2 seconds>" in after and "<0.2 seconds>" not in after
+    assert torch.equal(shifted.video.embeddings, item.video.embeddings) and shifted.prompt is item.prompt
+    assert torch.equal(shifted.inputs.positions, item.inputs.positions), "all stamps have one digit before the point"
+
+
+def test_shuffled_frames_take_all_their_features_along(item):
+    order = torch.tensor([1, 0, 2, 4, 3])
+    moved = in_order(item.video, order)
+    for before, after in zip(
+        (item.video.embeddings, *item.video.deepstack), (moved.embeddings, *moved.deepstack), strict=True
+    ):
+        assert torch.equal(after.unflatten(0, (5, -1)), before.unflatten(0, (5, -1))[order])
+    assert moved.stamps == item.video.stamps
 
 
 # --- refusals
