@@ -55,6 +55,8 @@ class Family:
     """Of a model's config: how many features `encode_video` gives."""
     encode_prompt: EncodePrompt
     encode_video: EncodeVideo
+    script: str | None
+    """What `stage=export` puts beside the weights, of `tartvg/assets/export`; None where there is none yet."""
     published: dict[str, dict[str, Any]]
     """Hub id -> the shapes of a released model, so that a plan can be made without its files."""
 

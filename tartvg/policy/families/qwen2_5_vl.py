@@ -104,5 +104,6 @@ FAMILY = Family(
     num_features=lambda _: 1,
     encode_prompt=encode_prompt,
     encode_video=encode_video,
+    script="answer.py",
     published=PUBLISHED,
 )

@@ -105,5 +105,6 @@ FAMILY = Family(
     num_features=lambda config: 1 + len(config.vision_config.deepstack_visual_indexes),
     encode_prompt=encode_prompt,
     encode_video=encode_video,
+    script=None,
     published=PUBLISHED,
 )
