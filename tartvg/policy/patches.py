@@ -25,6 +25,8 @@ class PatchForm:
     """Pixels of a patch's side."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    white: float = 255.0
+    """What pixels are divided by before; 1 where mean and std are those of whole numbers up to 255."""
 
     @property
     def side(self) -> int:
@@ -46,7 +48,7 @@ def patchify(frames: np.ndarray, form: PatchForm) -> tuple[Tensor, tuple[int, in
     mean, std = torch.tensor(form.mean)[:, None, None], torch.tensor(form.std)[:, None, None]
     # channels first before any arithmetic: an innermost axis of 3 makes every operation slow
     planes = torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)))
-    pixels = (planes.float() / 255.0 - mean) / std
+    pixels = (planes.float() / form.white - mean) / std
     grid_t, grid_h, grid_w = num_frames // TEMPORAL_PATCH, height // size, width // size
     blocks = pixels.view(grid_t, TEMPORAL_PATCH, channels, grid_h // MERGE, MERGE, size, grid_w // MERGE, MERGE, size)
     # -> t, block row, block column, row in block, column in block, channel, frame, pixel row, pixel column

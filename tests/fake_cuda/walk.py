@@ -111,22 +111,24 @@ def flash(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     return kernel(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
 
 
-def prepared(length, width, number):
+def prepared(length, width, number, more):
     """As in a run: token ids and positions lie in main memory, features on the device."""
     is_video = torch.zeros(length, dtype=torch.bool)
     is_video[16 : length - 40] = True
     ids, positions = torch.zeros(length, dtype=torch.long), torch.zeros(3, length, dtype=torch.long)
-    features = torch.empty(length - 56, width, dtype=torch.bfloat16, device=DEVICE)
+    features, *deepstack = (
+        torch.empty(length - 56, width, dtype=torch.bfloat16, device=DEVICE) for _ in range(1 + more)
+    )
     inputs = PromptInputs(ids, positions, is_video)
     prompt = SimpleNamespace(sample=SimpleNamespace(sample_id=str(number)))
-    return PreparedPrompt(prompt, inputs, VideoFeatures(features, (1, 2, 2), 1.0, 1.0))
+    return PreparedPrompt(prompt, inputs, VideoFeatures(features, (1, 2, 2), 1.0, 1.0, deepstack=tuple(deepstack)))
 
 
 def build(path):
-    """A policy of the released shape with two decoder layers, settings as conf/ has them."""
+    """A policy of the released shape with three decoder layers, settings as conf/ has them."""
     lora = LoraConfig(compute=LoraCompute.native)
     settings = PolicyConfig(name="x", path=path, precision=Precision.bf16, logit_chunk=64, lora=lora)
-    return Walker(settings, with_layers(model_config(settings), 2)), settings
+    return Walker(settings, with_layers(model_config(settings), 3)), settings
 
 
 def learn(policy, item, tokens):
@@ -161,7 +163,9 @@ def main():
         policy.become_fake()
         policy.end_ids = {1}
         policy.tokenizer = Words(policy.vocabulary - 20)
-        items = [prepared(L - 7 * number, policy.language_model.config.hidden_size, number) for number in range(P)]
+        more = policy.family.num_features(policy.core.config) - 1
+        width = policy.language_model.config.hidden_size
+        items = [prepared(L - 7 * number, width, number, more) for number in range(P)]
         limits = SamplingConfig(max_new_tokens=4)
         phase("prefill", lambda: policy._prefill(items[0]))
         phase("sample", lambda: policy.sample(items, G, limits, list(range(P))))
@@ -177,9 +181,9 @@ def main():
 
             phase(f"reference, {way}", reference)
             phase(f"update, {way}", lambda: learn(policy, items[0], tokens))
-        rows = torch.empty(8, 3 * 2 * 14 * 14, device=DEVICE)
+        rows = torch.empty(8, 3 * 2 * policy.family.patch_form.size**2, device=DEVICE)
         phase("patches", lambda: policy.core.model.visual.patch_embed(rows))
-    print(json.dumps(found))
+    print(json.dumps({**found, "deepstack": more > 0}))
 
 
 class Words:

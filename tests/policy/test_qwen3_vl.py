@@ -5,6 +5,7 @@ DeepStack features.
 """
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -164,6 +165,15 @@ def test_patches_equal_the_librarys_video_processor():
     assert torch.equal(ours.patches, theirs["pixel_values_videos"])
 
 
+def test_patches_are_those_that_its_processor_made():
+    """A hash of what Qwen3VLVideoProcessor (transformers 5.23, torchvision 0.28) gave for five frames of a pattern."""
+    frames = (np.arange(6 * 64 * 96 * 3) * 7919 % 256).astype(np.uint8).reshape(6, 64, 96, 3)[:5]
+    patches = clip_patches(Clip(frames, tuple(i / 2 for i in range(5)), 2.5), PATCH_FORM).patches
+    assert patches.shape == (72, 1536)
+    found = hashlib.sha256(patches.numpy().tobytes()).hexdigest()
+    assert found == "a453fd6e40ce8b7cbbf329010f9a9b8314d8965222bb78cb2be83a46f520397a"
+
+
 def test_sides_are_multiples_of_32_within_the_budget():
     frames = FramesConfig(min_pixels=16 * 1024, max_pixels=768 * 1024, total_pixels=3584 * 1024)
     for height, width, count in ((480, 640, 8), (1080, 1920, 60), (240, 320, 400), (50, 60, 16)):
@@ -255,6 +265,19 @@ def test_a_trained_tower_gets_gradient_through_all_features(base, rollouts):
 
 
 # --- caches
+
+
+def test_the_tower_runs_once_per_video(policy, prompts, rollouts, tmp_path):
+    calls = []
+    hook = policy.core.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    items = [policy.prepare(prompt) for prompt in prompts]
+    for item in [*items, *(policy.prepare(prompt) for prompt in prompts)]:
+        policy.logps(item, token_batch(rollouts, policy.device))
+        policy.logps(item, token_batch(rollouts, policy.device))
+    hook.remove()
+    assert len(calls) == len({prompt.sample.video for prompt in prompts})
+    assert items[0].video.stamps == tuple(0.25 + i for i in range(items[0].video.grid_thw[0]))
+    assert items[0].video.grid_thw[1:] == (4, 4), "the reader gave 64 x 64 pixels"
 
 
 def test_caches_hold_all_features_and_count_them(policy, item, tmp_path):

@@ -155,7 +155,8 @@ def test_the_settings_are_those_of_the_published_preprocessing():
     assert (published["image_mean"], published["image_std"]) == ("IMAGENET_STANDARD_MEAN", "IMAGENET_STANDARD_STD")
     from transformers.image_utils import IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
 
-    assert (PATCH_FORM.mean, PATCH_FORM.std) == (tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD))
+    for ours, theirs in ((PATCH_FORM.mean, IMAGENET_STANDARD_MEAN), (PATCH_FORM.std, IMAGENET_STANDARD_STD)):
+        assert ours == tuple(255 * value for value in theirs) and PATCH_FORM.white == 1
     assert (frames.min_frames, frames.max_frames) == (int(published["min_frames"]), int(published["max_frames"]))
     assert frames.fps == int(published["fps"]) == 2
     assert frames.max_pixels == int(published["max_video_tokens"]) * side**2

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from forking import ROOT, call_ranks
 from forking import start as start_command
+from helpers.bases import untrained_qwen3
 from helpers.settings import watched
 from interruptions import kill_when, num_lines, rows
 from safetensors.torch import load_file
@@ -46,6 +47,20 @@ def test_two_processes_run_the_whole_method_like_one(strategy, shared, alone, ru
     assert rows(run / "grpo2/metrics.jsonl")[0]["loss/kl"] == 0.0
     assert_adapter_only(run / "grpo1")
     assert json.loads((run / "evaluate/grpo2/manifest.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_a_base_with_deepstack_trains_like_one(strategy, shared, run_command, tmp_path):
+    """Its features are added to the decoder's states from outside its layers; once with layers that run again."""
+    base = untrained_qwen3(tmp_path / "base", num_hidden_layers=3)
+    common = [
+        f"policy.path={base}", "policy.frames.min_pixels=4096", "policy.frames.max_pixels=4096", "grpo.max_steps=2",
+        f"policy.activation_checkpointing={str(strategy == 'zero3').lower()}", "stage=grpo1", f"runs_dir={tmp_path}",
+    ]  # fmt: skip
+    run_command(*shared, *common, "trainer=cpu", "trainer.num_threads=1", "name=one")
+    run_command(*trainer(strategy, shared), *common, "name=two")
+    assert said(tmp_path / "one/grpo1/rollouts.jsonl") == said(tmp_path / "two/grpo1/rollouts.jsonl")
+    assert_same_training(strategy, tmp_path / "one", tmp_path / "two")
 
 
 def test_adapters_in_the_compute_type_train_like_one(shared, run_command, tmp_path):

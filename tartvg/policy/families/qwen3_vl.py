@@ -20,7 +20,8 @@ from tartvg.policy.features import VideoFeatures
 from tartvg.policy.inputs import VIDEO_PAD, PromptInputs, chat_text
 from tartvg.policy.patches import MERGE, PatchForm
 
-PATCH_FORM = PatchForm(size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+PATCH_FORM = PatchForm(size=16, mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5), white=1.0)
+"""Mean and deviation 0.5, in the order of arithmetic of the library's processor: equal to its last bit."""
 START, END = "<|vision_start|>", "<|vision_end|>"
 
 
