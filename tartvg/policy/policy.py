@@ -212,8 +212,9 @@ class Policy(torch.nn.Module):
             features = self._encode(video.patches, video.grid_thw)
         embeddings = self.language_model.embed_tokens(ids).clone()
         embeddings[is_video] = features[0].to(embeddings)
-        places = prepared.inputs.is_video.nonzero()[:, 0]
-        return embeddings[None], DeepStack(places.to(self.device) if features[1:] else places, features[1:])
+        if not features[1:]:
+            return embeddings[None], DeepStack(ids[:0], ())
+        return embeddings[None], DeepStack(prepared.inputs.is_video.nonzero()[:, 0].to(self.device), features[1:])
 
     def _prefill(self, prepared: PreparedPrompt) -> tuple[PrefixCache, Tensor]:
         """Run one prompt. Returns its cache and the last token's hidden state, (1, 1, hidden)."""

@@ -34,6 +34,8 @@ from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
 DEVICE = torch.device("cuda", 0)
 PACKAGE = Path(tartvg.__file__).parent
 P, G, L, T = 3, 4, 600, 40
+NUM_TEXT = 56
+"""Tokens of a prompt that are none of its video's."""
 WAYS = {"shared": dict(), "memory-saving": dict(activation_checkpointing=True), "naive": dict(shared_prefix=False)}
 
 
@@ -69,6 +71,8 @@ class Watch(TorchDispatchMode):
         if name == "nonzero" and is_here:
             self.reads[culprit()] += 1
             return torch.zeros(args[0].numel(), args[0].ndim, dtype=torch.long, device=args[0].device)
+        if name == "nonzero":  # in main memory: the places of a prompt's video tokens
+            return torch.zeros(args[0].numel() - NUM_TEXT, 1, dtype=torch.long)
         out = func(*args, **(kwargs or {}))
         results = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
         kinds = {t.device.type for t in (*results, *(t for t in tensors if t.ndim))}
@@ -114,10 +118,10 @@ def flash(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
 def prepared(length, width, number, more):
     """As in a run: token ids and positions lie in main memory, features on the device."""
     is_video = torch.zeros(length, dtype=torch.bool)
-    is_video[16 : length - 40] = True
+    is_video[16 : length - NUM_TEXT + 16] = True
     ids, positions = torch.zeros(length, dtype=torch.long), torch.zeros(3, length, dtype=torch.long)
     features, *deepstack = (
-        torch.empty(length - 56, width, dtype=torch.bfloat16, device=DEVICE) for _ in range(1 + more)
+        torch.empty(length - NUM_TEXT, width, dtype=torch.bfloat16, device=DEVICE) for _ in range(1 + more)
     )
     inputs = PromptInputs(ids, positions, is_video)
     prompt = SimpleNamespace(sample=SimpleNamespace(sample_id=str(number)))
