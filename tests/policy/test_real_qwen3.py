@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers.released import QWEN3, released_qwen3_config
+from helpers.released import QWEN3, TOKENIZER_3, add_tokenizer, released_qwen3_config
 from test_real_models import composed, count, write_checkpoint
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from experiments.tiny_base import model as tiny
-from tartvg.config import FramesConfig, LoraCompute, LoraConfig, PolicyConfig, Precision
+from tartvg.config import FramesConfig, LoraCompute, LoraConfig, PolicyConfig, Precision, VideoWrapper
 from tartvg.memory.footprint import model_config
-from tartvg.policy.families.qwen3_vl import FAMILY, PATCH_FORM
+from tartvg.policy.families.qwen3_vl import FAMILY, PATCH_FORM, encode_prompt
+from tartvg.policy.features import VideoFeatures
 from tartvg.policy.loading import load_base, new_adapter
 from tartvg.policy.patches import MERGE, TEMPORAL_PATCH
 
@@ -138,6 +139,36 @@ def test_an_adapter_of_the_other_family_is_refused(tmp_path, untrained_base):
     folder = write_checkpoint(tmp_path / "c", *shrunken(True))
     with pytest.raises(ValueError, match="adapter_model"):
         check_adapter(settings(folder), tmp_path / "adapter", "init_adapter")
+
+
+@pytest.mark.slow
+def test_the_real_tokenizer_writes_a_stamp_together_with_what_stands_before_it(tmp_path):
+    """`?<` is one token: a prompt that is encoded in parts would have two, and other positions after them."""
+    from transformers import AutoTokenizer
+
+    try:
+        add_tokenizer(tmp_path, TOKENIZER_3)
+    except OSError as error:
+        pytest.skip(str(error))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    video = VideoFeatures(torch.empty(0), (2, 2, 4), 1.0, 2.0, stamps=(0.25, 1234.56))
+    config = Qwen3VLConfig(**released_qwen3_config(*QWEN3["qwen3_vl_2b"]))
+    found = {}
+    for wrapper in VideoWrapper:
+        settings = PolicyConfig(name="t", path="p", video_wrapper=wrapper)
+        inputs = encode_prompt(tokenizer, "When is it?", video, config, settings)
+        assert inputs.ids[inputs.is_video].tolist() == 4 * [config.video_token_id] == 4 * [151656]
+        found[wrapper] = tokenizer.convert_ids_to_tokens(inputs.ids)
+    start, end = ["<|vision_start|>"], ["<|video_pad|>", "<|video_pad|>", "<|vision_end|>"]
+    second = ["<", *"1234", ".", "6", "Ġseconds", ">", *start, *end]
+    inner = ["?<", "0", ".", "2", "Ġseconds", ">", *start, *end, *second]
+    outer = ["?", *start, "<", *inner[1:], "<|vision_end|>"]
+    for wrapper, expected in ((VideoWrapper.inner, inner), (VideoWrapper.outer, outer)):
+        tokens = found[wrapper]
+        begin = tokens.index(expected[0])
+        assert tokens[begin : begin + len(expected)] == expected
+        assert tokens[begin + len(expected)] == "<|im_end|>"
+    assert len(second) - 2 <= FAMILY.step_tokens
 
 
 def published_video_settings():
