@@ -122,6 +122,7 @@ def test_the_estimate_is_within_15_percent_of_what_a_process_takes(tmp_path):
         assert plan.peak == pytest.approx(measured[name], rel=0.15), name
 
 
+@pytest.mark.slow
 def test_all_features_and_stamps_of_a_family_with_deepstack_count(tmp_path):
     """Four tensors of 160 video tokens for each of two prompts; 384 stamps in the longest prompt of the released."""
     from tartvg.memory.footprint import Load, most_tokens, trace
