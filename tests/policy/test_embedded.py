@@ -7,7 +7,6 @@ import pytest
 from experiments.tiny_base.model import SPECIAL_TOKENS
 from tartvg.policy.loading import embedded_path
 
-
 BASES = ["tiny", "tiny3"]
 
 

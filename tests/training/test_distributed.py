@@ -52,8 +52,8 @@ def test_two_processes_run_the_whole_method_like_one(strategy, shared, alone, ru
 def test_a_base_with_deepstack_trains_like_one(strategy, shared, run_command, tmp_path):
     """Its features are added to the decoder's states from outside its layers; once with layers that run again."""
     common = [
-        "policy=tiny3", "grpo.max_steps=2", f"policy.activation_checkpointing={str(strategy == 'zero3').lower()}",
-        "stage=grpo1", f"runs_dir={tmp_path}",
+        "policy=tiny3", "grpo.max_steps=2", "grpo.lr=1e-4", "stage=grpo1", f"runs_dir={tmp_path}",
+        f"policy.activation_checkpointing={str(strategy == 'zero3').lower()}",
     ]  # fmt: skip
     run_command(*shared, *common, "trainer=cpu", "trainer.num_threads=1", "name=one")
     run_command(*trainer(strategy, shared), *common, "name=two")
