@@ -58,6 +58,7 @@ bench: $(STAMP) ## decoding, speed and memory beside other engines (an hour on t
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench,bench_video]'
 	$(BIN)/python -m experiments.efficiency.bench.decoding
 	$(BIN)/python -m experiments.efficiency.bench
+	$(BIN)/python -m experiments.efficiency.bench update rollout memory --base tiny3 --out runs/bench_tiny3
 
 docs: $(STAMP) ## the documents as a static site that opens from a disk: build/site/index.html
 	$(BIN)/python -m sphinx -W --keep-going -q -c docs . build/site

@@ -17,13 +17,13 @@ from pathlib import Path
 from tartvg.data import decoder_process
 
 
-def read_or_die(path, settings, read=decoder_process.read_clip):
+def read_or_die(path, settings, side, read=decoder_process.read_clip):
     starts = len(list(Path("{folder}").glob("start*")))
     if path.name.startswith("{name}"):
         Path("{folder}", f"start{{starts}}").touch()
         if starts < {deaths}:
             os.kill(os.getpid(), {number})
-    return read(path, settings)
+    return read(path, settings, side)
 
 
 decoder_process.read_clip = read_or_die

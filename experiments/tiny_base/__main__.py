@@ -1,8 +1,9 @@
-"""Make the tiny base, a stand-in for a pretrained model's behaviour. The result ships in the package.
+"""Make a tiny base, a stand-in for a pretrained model's behaviour. The results ship in the package.
 
-    python -m experiments.tiny_base [--output runs/tiny_base] [--seed 0] [--threads 1]
+    python -m experiments.tiny_base [tiny|tiny3] [--output runs/tiny_base] [--seed 0] [--threads 1]
 
-The paper starts from Qwen2.5-VL; the tiny base brings along what such a model does. Interrupted, the command continues.
+The paper starts from Qwen2.5-VL; the tiny base brings along what such a model does; tiny3 is a Qwen3-VL. Interrupted,
+the command continues.
 
 tower       The vision tower learns colours and shapes, aligned with the words for them.
 perception  The decoder learns when a sentence is true. Its middle layers are taught directly what each video token
@@ -20,7 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,28 +42,50 @@ from experiments.tiny_base.lessons import (
     repetition,
 )
 from experiments.tiny_base.loop import StepLosses, run_phase
-from experiments.tiny_base.model import build_tiny
+from experiments.tiny_base.model import build_tiny, tiny3_config, tiny_config
 from experiments.tiny_base.sight import AnswerOf, Lesson, Sight, collate, make_lesson, text_loss, total
 from experiments.tiny_base.tower import TowerLoss, grids_of, tower_accuracy, tower_features, tower_step
 from tartvg.config import Config, FramesConfig, PlantedConfig, PromptStyle, TrainerConfig
 from tartvg.data.scene import COLOURS, PHRASES, SHAPES
+from tartvg.policy.families.family import family_of
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.policy.window_attention import WINDOW_ATTENTION
 from tartvg.prompts import build_prompt
 from tartvg.types import GroundingSample, Span
 
-FRAMES = FramesConfig(fps=2.0, min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
 QUICK_PROMPT = 'When does "{query}" happen in the video?'
 HORIZON = 1.25
 """The perception phase stops before its schedule ends; the habit phase goes on with a learning rate of its own."""
 NUM_VIDEOS = 1000
 """Planted videos, drawn with their own seed; none of them is in the data set of the stages."""
-TOWER_STEPS, PERCEPTION_STEPS, HABIT_STEPS, REPEAT_STEPS = 1000, 2400, 900, 400
-BATCH_SIZE = 32
 LR, HABIT_LR = 2e-3, 1e-3
 """Of seeing (tower, perception), and of the habits on top of it (habit, repeat)."""
 PROMPT_MIX = ((2, PromptStyle.tar, 0.5), (1, PromptStyle.tar, 0.15), (3, PromptStyle.tar, 0.15))
 """Anchors asked for and style; the rest are the TimeZero prompt."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What differs between the bases."""
+
+    config_of: Callable[[Any], Any]
+    """Tokenizer -> the model's config."""
+    perception: int
+    """Steps of the phase."""
+    habit: int
+    repeat: int
+    batch_size: int
+    tower: int = 1000
+    longest: float = 40.0
+    """Seconds of video that a lesson may have; stamps make a video three times as many tokens."""
+    latest: int = 0
+    """Whole seconds at which a lesson's video may begin, where times are text: else counting steps would do."""
+
+
+RECIPES = {
+    "tiny": Recipe(tiny_config, perception=2400, habit=900, repeat=400, batch_size=32),
+    "tiny3": Recipe(tiny3_config, perception=2200, habit=600, repeat=600, batch_size=20, longest=24.0, latest=20),
+}
 
 
 def prompt_text(config: Config, query: str, target: int, style: PromptStyle) -> str:
@@ -86,10 +109,10 @@ def quick_prompt(query: str) -> str:
     return QUICK_PROMPT.format(query=query)
 
 
-def corpus(config: Config) -> list[str]:
+def corpus(config: Config, recipe: Recipe) -> list[str]:
     """Texts for the tokenizer: all prompts and habits, and every word of the scenes."""
     rng = np.random.default_rng(0)
-    texts = []
+    texts = ["<12.3 seconds>"] * 50 if recipe.latest else []
     for phrases in PHRASES.values():
         for phrase in phrases:
             for i, colour in enumerate(COLOURS):
@@ -104,36 +127,42 @@ def corpus(config: Config) -> list[str]:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.tiny_base", description="Make the tiny base.")
-    parser.add_argument("--output", type=Path, default=Path("runs/tiny_base"), help="folder in Hugging Face format")
+    parser.add_argument("base", nargs="?", choices=RECIPES, default="tiny")
+    parser.add_argument("--output", type=Path, help="folder in Hugging Face format; runs/BASE_base unless set")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     given = parser.parse_args()
-    pretrain(Config(seed=given.seed, trainer=TrainerConfig(num_threads=given.threads)), given.output)
+    config = Config(seed=given.seed, trainer=TrainerConfig(num_threads=given.threads))
+    pretrain(config, given.base, given.output or Path(f"runs/{given.base}_base"))
 
 
-def pretrain(config: Config, output: Path) -> None:
-    """Write the tiny base to `output` in Hugging Face format. Interrupted, it continues."""
+def pretrain(config: Config, base: str, output: Path) -> None:
+    """Write a tiny base to `output` in Hugging Face format. Interrupted, it continues."""
+    recipe = RECIPES[base]
     set_up_torch(config.trainer)
     phases = output / "phases"
     phases.mkdir(parents=True, exist_ok=True)
     planted = PlantedConfig(num_train=NUM_VIDEOS, num_val=60, num_test=1, queries_per_video=8, seed=7)
-    train, held_out = (load_footage(Path(config.dataset.root), planted, s, FRAMES) for s in ("train", "val"))
-    model, tokenizer = build_tiny(corpus(config), config.seed)
+    model, tokenizer = build_tiny(corpus(config, recipe), config.seed, recipe.config_of)
     model.model.visual.config._attn_implementation = WINDOW_ATTENTION
-    _tower_phase(config, model, tokenizer, (train, held_out), phases)
-    school = School(config, model, tokenizer, train)
+    side = family_of(model.config.model_type).patch_form.side
+    pixels = (2 * side) ** 2
+    frames = FramesConfig(fps=2.0, min_frames=4, max_frames=96, min_pixels=pixels, max_pixels=pixels)
+    train, held_out = (load_footage(Path(config.dataset.root), planted, s, frames, side) for s in ("train", "val"))
+    _tower_phase(config, recipe.tower, model, tokenizer, (train, held_out), phases)
+    school = School(config, recipe, model, tokenizer, train)
 
     def phase(name: str, steps: int, peak: float, losses: StepLosses, horizon: float = 1.0) -> None:
         run_phase(name, [model, school.sight.heads], _is_tower, steps, peak, config.seed, phases, losses, horizon)
 
-    phase("perception", PERCEPTION_STEPS, LR, school.perception(BATCH_SIZE), HORIZON)
-    phase("habit", HABIT_STEPS, HABIT_LR, school.habit(BATCH_SIZE))
-    phase("repeat", REPEAT_STEPS, HABIT_LR, school.repeat(BATCH_SIZE // 2))
-    _save(config, model, tokenizer, output)
+    phase("perception", recipe.perception, LR, school.perception(recipe.batch_size), HORIZON)
+    phase("habit", recipe.habit, HABIT_LR, school.habit(recipe.batch_size))
+    phase("repeat", recipe.repeat, HABIT_LR, school.repeat(recipe.batch_size // 2))
+    _save(config, base, model, tokenizer, output)
 
 
 def _tower_phase(
-    config: Config, model: Any, tokenizer: Any, footage: tuple[list[Footage], list[Footage]], phases: Path
+    config: Config, steps: int, model: Any, tokenizer: Any, footage: tuple[list[Footage], list[Footage]], phases: Path
 ) -> None:
     loss_of = TowerLoss(model, tokenizer)
     frames, seen = grids_of(footage[0])
@@ -142,7 +171,7 @@ def _tower_phase(
         loss = tower_step(model, loss_of, frames, seen, rng)
         return loss, {"loss": float(loss.detach())}
 
-    run_phase("tower", [model, loss_of], _is_decoder, TOWER_STEPS, LR, config.seed, phases, step)
+    run_phase("tower", [model, loss_of], _is_decoder, steps, LR, config.seed, phases, step)
     accuracy = tower_accuracy(model, loss_of, *grids_of(footage[1]))
     print(f"tower: {accuracy:.1%} of held-out seconds read without fault")
 
@@ -150,8 +179,11 @@ def _tower_phase(
 class School:
     """A model whose tower is finished, with the footage that it learns from: the lessons of the later phases."""
 
-    def __init__(self, config: Config, model: Any, tokenizer: Any, footage: Sequence[Footage]) -> None:
+    def __init__(
+        self, config: Config, recipe: Recipe, model: Any, tokenizer: Any, footage: Sequence[Footage]
+    ) -> None:  # fmt: skip
         self.config = config
+        self.recipe = recipe
         self.model = model
         self.tokenizer = tokenizer
         self.footage = footage
@@ -161,10 +193,10 @@ class School:
 
     def perception(self, count: int) -> StepLosses:
         """When is it true? Exact answers to a short question, about ever longer videos."""
-        steps = HORIZON * PERCEPTION_STEPS
+        steps = HORIZON * self.recipe.perception
 
         def losses(step: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-            longest = 8.0 + 32.0 * min(1.0, max(0.0, step / steps - 0.2) / 0.5)
+            longest = 8.0 + (self.recipe.longest - 8.0) * min(1.0, max(0.0, step / steps - 0.2) / 0.5)
             return self._judge([self._lesson(longest, quick_prompt, exact, rng) for _ in range(count)])
 
         return losses
@@ -188,14 +220,15 @@ class School:
         return losses
 
     def _prompted(self, count: int, answer_of: AnswerOf, rng: np.random.Generator) -> list[Lesson]:
-        longest = (40.0 if rng.random() < 0.2 else 20.0 for _ in range(count))
+        longest = (self.recipe.longest if rng.random() < 0.2 else 20.0 for _ in range(count))
         return [self._lesson(x, mixed_prompt(self.config, rng), answer_of, rng) for x in longest]
 
     def _lesson(
         self, longest: float, ask: Callable[[str], str], answer_of: AnswerOf, rng: np.random.Generator
     ) -> Lesson:
         chosen = int(rng.integers(len(self.footage)))
-        return make_lesson(self.footage[chosen], self.features[chosen], longest, ask, answer_of, rng)
+        footage, features = self.footage[chosen], self.features[chosen]
+        return make_lesson(footage, features, longest, ask, answer_of, rng, self.recipe.latest)
 
     def _text(self, rng: np.random.Generator) -> tuple[str, Answer]:
         """Asked with words of its own, or with those of the stages: the skill must not depend on the question."""
@@ -208,9 +241,9 @@ class School:
     def _judge(
         self, lessons: Sequence[Lesson], echoes: Sequence[Lesson] = (), texts: Sequence[tuple[str, Answer]] = ()
     ) -> tuple[Tensor, dict[str, float]]:
-        losses = self.sight.losses(collate(lessons, self.tokenizer, 2.0))
+        losses = self.sight.losses(collate(lessons, self.tokenizer, self.model.config))
         if echoes:
-            losses["echo"] = self.sight.losses(collate(echoes, self.tokenizer, 2.0))["answer"]
+            losses["echo"] = self.sight.losses(collate(echoes, self.tokenizer, self.model.config))["answer"]
         if texts:
             losses["text"] = text_loss(self.model, self.tokenizer, texts)
         return total(losses), {name: float(value.detach()) for name, value in losses.items()}
@@ -224,15 +257,15 @@ def _is_tower(name: str) -> bool:
     return "visual." in name
 
 
-def _save(config: Config, model: Any, tokenizer: Any, output: Path) -> None:
+def _save(config: Config, base: str, model: Any, tokenizer: Any, output: Path) -> None:
     model = model.to(torch.bfloat16)
     ids = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     model.generation_config = GenerationConfig(eos_token_id=ids, pad_token_id=ids[1], do_sample=True, temperature=1.0)
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    made = {"command": "python -m experiments.tiny_base", "seed": config.seed}
+    made = {"command": f"python -m experiments.tiny_base {base}", "seed": config.seed}
     (output / "made_by.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    print(f"tiny base: {output}")
+    print(f"{base} base: {output}")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Footage:
     """One video with the truth about every frame."""
 
     frames: np.ndarray
-    """uint8 (F, 56, 56, 3), F even."""
+    """uint8 (F, side, side, 3), F even."""
     seen: np.ndarray
     """float32 (F, 18): which colour and shape is on the picture."""
     events: tuple[tuple[str, Span], ...]
@@ -54,14 +54,14 @@ def seen_in(scene: Scene, num_frames: int) -> np.ndarray:
     return labels
 
 
-def load_footage(root: Path, settings: PlantedConfig, split: str, frames: FramesConfig) -> list[Footage]:
+def load_footage(root: Path, settings: PlantedConfig, split: str, frames: FramesConfig, side: int) -> list[Footage]:
     """The footage of a split of `planted_pretrain`, drawn on first use."""
     from rich.progress import track
 
     folder = planted_folder(root, settings, "planted_pretrain")
     footage = []
     for video in track(sorted(folder.glob(f"{split}_*.mp4")), description=f"reading {split} footage"):
-        clip = read_clip(video, frames)
+        clip = read_clip(video, frames, side)
         scene = scene_of(settings, split, int(video.stem.rpartition("_")[2]), "planted_pretrain")
         events = tuple((event.query, event.windows[0]) for event in scene.events)
         footage.append(Footage(clip.frames, seen_in(scene, len(clip.frames)), events))

@@ -1,17 +1,19 @@
-"""The tiny base's architecture and tokenizer: a genuine Qwen2.5-VL, only small.
+"""The tiny bases' architectures and tokenizer: a genuine Qwen2.5-VL and a genuine Qwen3-VL, only small.
 
 `python -m experiments.tiny_base` trains what this file builds and writes it in Hugging Face format; everything else
-loads the result with the code that loads the 3B and the 7B.
+loads the result with the code that loads the released models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen3VLConfig
+
+from tartvg.policy.families.family import family_of
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -98,8 +100,50 @@ def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     )
 
 
-def build_tiny(corpus: Iterable[str], seed: int) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerFast]:
+def tiny3_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
+    """About 1.8 million parameters: 6 layers of width 128, a 3-layer vision tower of width 64, DeepStack from two."""
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    return Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=4096,
+            rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[6, 5, 5], mrope_interleaved=True),
+            bos_token_id=ids["<|endoftext|>"],
+            eos_token_id=ids["<|im_end|>"],
+            pad_token_id=ids["<|endoftext|>"],
+            tie_word_embeddings=True,
+        ),
+        vision_config=dict(
+            depth=3,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=4,
+            out_hidden_size=128,
+            patch_size=16,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            num_position_embeddings=16,
+            deepstack_visual_indexes=[0, 1],
+        ),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=True,
+    )
+
+
+def build_tiny(
+    corpus: Iterable[str], seed: int, config_of: Callable[[PreTrainedTokenizerFast], Any] = tiny_config
+) -> tuple[Any, PreTrainedTokenizerFast]:
     """An untrained tiny model with its tokenizer."""
     tokenizer = build_tokenizer(corpus)
     torch.manual_seed(seed)
-    return Qwen2_5_VLForConditionalGeneration(tiny_config(tokenizer)), tokenizer
+    config = config_of(tokenizer)
+    return family_of(config.model_type).model_class(config), tokenizer

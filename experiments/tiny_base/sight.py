@@ -4,7 +4,8 @@ The difficult part for a small decoder is not the language but to turn an attend
 layers are taught directly, by heads that are thrown away afterwards, what every video token should know: its own
 second, whether the query is true in it, and whether the event starts or ends in it.
 
-Legend: B lessons, S sequence length, T grid steps (seconds), H hidden size.
+Legend: B lessons, S sequence length, T grid steps (seconds), H hidden size, K features of a video token (more than
+one with DeepStack).
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from torch.nn.functional import cross_entropy
 
 from experiments.tiny_base.lessons import FPS, Answer, Footage, crop
 from experiments.tiny_base.tower import TOKENS_PER_GRID
-from tartvg.policy.inputs import encode_prompt
-from tartvg.policy.kv_cache import CAUSAL
+from tartvg.config import PolicyConfig
+from tartvg.policy.families.family import family_of
+from tartvg.policy.features import VideoFeatures
+from tartvg.policy.inputs import PromptInputs
 from tartvg.policy.patches import TEMPORAL_PATCH
 from tartvg.types import Span
 
@@ -36,10 +39,13 @@ class Lesson:
     """One video part, one question, one answer."""
 
     features: Tensor
-    """(T, 4, H)"""
+    """(T, K, 4, H)"""
     window: Span
+    """From the beginning of the part."""
     prompt: str
     answer: Answer
+    offset: float = 0.0
+    """Seconds that the part begins with, by its stamps; the answer's times are those of the stamps."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +53,14 @@ class LessonBatch:
     """B lessons, padded at the end to S tokens."""
 
     features: Tensor
+    """(K, video tokens, H)"""
     ids: Tensor
     positions: Tensor
     labels: Tensor
     """Token ids where the answer is, -100 elsewhere."""
     is_video: Tensor
     second: Tensor
-    """Grid step of every video token, -100 elsewhere."""
+    """Second of every video token, -100 elsewhere."""
     start: Tensor
     """0 no start here, 1 on the full second, 2 on the half; -100 elsewhere."""
     end: Tensor
@@ -78,9 +85,9 @@ AnswerOf = Callable[[Span, float, np.random.Generator], Answer]
 
 def make_lesson(
     footage: Footage, features: Tensor, longest: float, prompt_of: Callable[[str], str], answer_of: AnswerOf,
-    rng: np.random.Generator,
+    rng: np.random.Generator, latest: int = 0,
 ) -> Lesson:  # fmt: skip
-    """A random event of a video, in a random part of it."""
+    """A random event of a video, in a random part of it, which begins at a whole second up to `latest`."""
     query, window = footage.events[rng.integers(len(footage.events))]
     part = crop(footage, window, longest, rng)
     shifted = Span(window.start - part.start / FPS, window.end - part.start / FPS)
@@ -89,7 +96,9 @@ def make_lesson(
         part = slice(part.start - 1, part.stop - 1)
         shifted = Span(shifted.start + 1 / FPS, shifted.end + 1 / FPS)
     chosen = features[part.start // TEMPORAL_PATCH : part.stop // TEMPORAL_PATCH]
-    return Lesson(chosen, shifted, prompt_of(query), answer_of(shifted, seconds, rng))
+    offset = float(rng.integers(0, max(1, min(latest, MAX_SECONDS - len(chosen)) + 1))) if latest else 0.0
+    told = Span(shifted.start + offset, shifted.end + offset)
+    return Lesson(chosen, shifted, prompt_of(query), answer_of(told, seconds + offset, rng), offset)
 
 
 def answer_tokens(tokenizer: Any, answer: Answer) -> tuple[list[int], list[int]]:
@@ -104,12 +113,20 @@ def answer_tokens(tokenizer: Any, answer: Answer) -> tuple[list[int], list[int]]
     return ids, [-100] * num_given + ids[num_given:]
 
 
-def collate(lessons: Sequence[Lesson], tokenizer: Any, tokens_per_second: float) -> LessonBatch:
+def _inputs(lesson: Lesson, tokenizer: Any, config: Any) -> PromptInputs:
+    """Ids and positions of a lesson's prompt, as the policy has them: frames half a second apart, two to a step."""
+    side, steps = round(TOKENS_PER_GRID**0.5) * 2, len(lesson.features)
+    stamps = tuple(lesson.offset + step + 0.5 / FPS for step in range(steps))
+    video = VideoFeatures(torch.empty(0), (steps, side, side), 1.0, float(steps), stamps=stamps)
+    family, settings = family_of(config.model_type), PolicyConfig(name="tiny", path="")
+    return family.encode_prompt(tokenizer, lesson.prompt, video, config, settings)
+
+
+def collate(lessons: Sequence[Lesson], tokenizer: Any, config: Any) -> LessonBatch:
     """Pad lessons into one batch, with the labels of every video token."""
-    side = round(TOKENS_PER_GRID**0.5) * 2
     rows = []
     for lesson in lessons:
-        inputs = encode_prompt(tokenizer, lesson.prompt, (len(lesson.features), side, side), 1.0, tokens_per_second)
+        inputs = _inputs(lesson, tokenizer, config)
         written, graded = answer_tokens(tokenizer, lesson.answer)
         rows.append((inputs, torch.tensor(written), torch.tensor(graded)))
     shape = (len(rows), max(p.length + len(t) for p, t, _ in rows))
@@ -125,14 +142,14 @@ def collate(lessons: Sequence[Lesson], tokenizer: Any, tokens_per_second: float)
         positions[:, row, n : n + m] = inputs.next_position + torch.arange(m)
         is_video[row, :n] = inputs.is_video
         time = torch.arange(len(lesson.features)).repeat_interleave(TOKENS_PER_GRID)
-        second[row, :n][inputs.is_video] = time
+        second[row, :n][inputs.is_video] = time + int(lesson.offset)
         for table, border in ((start, lesson.window.start), (end, lesson.window.end)):
             kind = 1 + int(border % 1 >= 0.5)
             table[row, :n][inputs.is_video] = torch.where(time == int(border), kind, 0)
         frames = torch.stack([time, time + 1 / FPS], dim=1)
         is_true = (frames >= lesson.window.start) & (frames < lesson.window.end)
         active[row, :n][inputs.is_video] = is_true.float()
-    features = torch.cat([lesson.features.flatten(0, 1) for lesson in lessons])
+    features = torch.cat([lesson.features.transpose(0, 1).flatten(1, 2) for lesson in lessons], dim=1)
     return LessonBatch(features, ids, positions, labels, is_video, second, start, end, active)
 
 
@@ -156,11 +173,11 @@ class Sight:
     def losses(self, batch: LessonBatch) -> dict[str, Tensor]:
         """Answer, second, start, end and active: each a mean over its own tokens."""
         embedded = self.decoder.embed_tokens(batch.ids)
-        embedded = embedded.masked_scatter(batch.is_video[..., None], batch.features)
-        out = self.decoder(
-            inputs_embeds=embedded, position_ids=batch.positions, attention_mask=CAUSAL,
-            use_cache=False,
-        )  # fmt: skip
+        embedded = embedded.masked_scatter(batch.is_video[..., None], batch.features[0])
+        added: dict[str, Any] = {}  # the library's own way to DeepStack
+        if len(batch.features) > 1:
+            added = {"visual_pos_masks": batch.is_video, "deepstack_visual_embeds": list(batch.features[1:])}
+        out = self.decoder(inputs_embeds=embedded, position_ids=batch.positions, use_cache=False, **added)
         is_answer = batch.labels[:, 1:] != -100
         logits = self.model.lm_head(out.last_hidden_state[:, :-1][is_answer])
         is_video = batch.is_video
@@ -189,10 +206,7 @@ def text_loss(model: Any, tokenizer: Any, texts: Sequence[tuple[str, Answer]]) -
     wanted = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
     decoder = model.model.language_model
     positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
-    out = decoder(
-        inputs_embeds=decoder.embed_tokens(ids), position_ids=positions, attention_mask=CAUSAL,
-        use_cache=False,
-    )  # fmt: skip
+    out = decoder(inputs_embeds=decoder.embed_tokens(ids), position_ids=positions, use_cache=False)
     is_taught = wanted[:, 1:] != -100
     logits = model.lm_head(out.last_hidden_state[:, :-1][is_taught])
     return cross_entropy(logits, wanted[:, 1:][is_taught])

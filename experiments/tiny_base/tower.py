@@ -1,6 +1,6 @@
 """Phase 1 of the tiny base: the vision tower learns colours and shapes, aligned with the words for them.
 
-Legend: N grid steps, H hidden size of the language model.
+Legend: N grid steps, H hidden size of the language model, K features of a video token (more than one with DeepStack).
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
 from experiments.tiny_base.lessons import KINDS, Footage
 from tartvg.data.scene import COLOURS, SHAPES
-from tartvg.policy.patches import MERGE, PATCH, TEMPORAL_PATCH, patchify
+from tartvg.policy.families.family import family_of
+from tartvg.policy.patches import MERGE, TEMPORAL_PATCH, patchify
 
 TOKENS_PER_GRID = 4
-"""56 x 56 pixels in merged patches of 28 x 28."""
+"""Two by two merged patches: 56 x 56 or 64 x 64 pixels."""
 
 
 def tower_features(model: Any, frames: np.ndarray) -> Tensor:
-    """Features of frames (F, 56, 56, 3): float32 (F / 2, 4, H)."""
-    patches, grid = patchify(frames)
-    assert grid[1] * grid[2] == TOKENS_PER_GRID * MERGE**2, f"{frames.shape} is not {2 * MERGE * PATCH} pixels wide"
-    out = model.model.get_video_features(patches, torch.tensor([grid]))
-    return torch.cat(tuple(out.pooler_output)).view(grid[0], TOKENS_PER_GRID, -1)
+    """Features of frames (F, side, side, 3): float32 (F / 2, K, 4, H)."""
+    family = family_of(model.config.model_type)
+    patches, grid = patchify(frames, family.patch_form)
+    assert grid[1] * grid[2] == TOKENS_PER_GRID * MERGE**2, f"{frames.shape} is not {2 * family.patch_form.side} wide"
+    features = family.encode_video(model.model, patches, torch.tensor([grid]))
+    return torch.stack([x.view(grid[0], TOKENS_PER_GRID, -1) for x in features], dim=1)
 
 
 class TowerLoss(torch.nn.Module):
@@ -35,14 +37,20 @@ class TowerLoss(torch.nn.Module):
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__()
         hidden = model.config.text_config.hidden_size
-        self.head = torch.nn.Linear(TOKENS_PER_GRID * hidden, TEMPORAL_PATCH * len(KINDS))
+        count = family_of(model.config.model_type).num_features(model.config)
+        kinds = TEMPORAL_PATCH * len(KINDS)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(TOKENS_PER_GRID * hidden, kinds) for _ in range(count))
         self.scale = torch.nn.Parameter(torch.tensor(5.0))
         self.offset = torch.nn.Parameter(torch.tensor(-2.0))
         self.words = [single_token(tokenizer, f" {w}") for w in (*COLOURS, *SHAPES)]
 
     def forward(self, model: Any, features: Tensor, seen: Tensor) -> Tensor:
-        """features (N, 4, H); seen (N, 2, 18). Returns the loss."""
-        exact = bce(self.head(features.flatten(1)), seen.flatten(1))
+        """features (N, K, 4, H); seen (N, 2, 18). Returns the loss, each feature on its own."""
+        levels = [self._of_level(model, x, head, seen) for x, head in zip(features.unbind(1), self.heads, strict=True)]
+        return torch.stack(levels).mean()
+
+    def _of_level(self, model: Any, features: Tensor, head: torch.nn.Module, seen: Tensor) -> Tensor:
+        exact = bce(head(features.flatten(1)), seen.flatten(1))
         embeddings = model.get_input_embeddings().weight[self.words]
         cosine = torch.nn.functional.normalize(features, dim=-1) @ torch.nn.functional.normalize(embeddings, dim=-1).T
         words = (cosine * self.scale + self.offset).amax(dim=1)
@@ -60,7 +68,7 @@ def single_token(tokenizer: Any, word: str) -> int:
 
 
 def grids_of(footage: Sequence[Footage]) -> tuple[np.ndarray, np.ndarray]:
-    """All grid steps of the footage: uint8 (N, 2, 56, 56, 3) and float32 (N, 2, 18)."""
+    """All grid steps of the footage: uint8 (N, 2, side, side, 3) and float32 (N, 2, 18)."""
     frames = np.concatenate([f.frames.reshape(-1, TEMPORAL_PATCH, *f.frames.shape[1:]) for f in footage])
     seen = np.concatenate([f.seen.reshape(-1, TEMPORAL_PATCH, len(KINDS)) for f in footage])
     return frames, seen
@@ -80,5 +88,5 @@ def tower_step(model: Any, loss: TowerLoss, frames: np.ndarray, seen: np.ndarray
 def tower_accuracy(model: Any, loss: TowerLoss, frames: np.ndarray, seen: np.ndarray) -> float:
     """Share of grid steps whose 36 labels are all right."""
     features = tower_features(model, frames.reshape(-1, *frames.shape[2:]))
-    guess = loss.head(features.flatten(1)) > 0
+    guess = loss.heads[0](features[:, 0].flatten(1)) > 0
     return float((guess == (torch.from_numpy(seen).flatten(1) > 0.5)).all(dim=1).float().mean())

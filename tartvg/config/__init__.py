@@ -31,6 +31,7 @@ from tartvg.config.choices import (
     StageStopped,
     TrackingMode,
     Truth,
+    VideoWrapper,
     require,
 )
 from tartvg.config.dataset import DatasetConfig, PlantedConfig
@@ -96,6 +97,7 @@ __all__ = [
     "TrainerConfig",
     "Truth",
     "ValidationConfig",
+    "VideoWrapper",
     "Zero3Config",
     "policy_label",
     "register",

@@ -177,6 +177,13 @@ class LoraCompute(Enum):
     native = "native"
 
 
+class VideoWrapper(Enum):
+    """Marks around a video whose steps have marks of their own: only those (`inner`), or one more pair (`outer`)."""
+
+    inner = "inner"
+    outer = "outer"
+
+
 class TrackingMode(Enum):
     """`offline` writes W&B files to sync later; `off` keeps metrics.jsonl only."""
 

@@ -52,14 +52,17 @@ class ControlName(Enum):
     """The same frames, pair by pair in another order."""
     other = "other"
     """The video of another query."""
+    shifted_stamps = "shifted_stamps"
+    """The same frames, told five seconds later; only where the prompt says times in words, as Qwen3-VL's does."""
 
 
 @dataclass
 class FaithfulnessConfig(Settings, path="faithfulness"):
     """Asking about wrong videos, after an evaluation and while a stage trains: do the answers depend on the video?"""
 
-    kinds: list[ControlName] = field(default_factory=lambda: list(ControlName))
-    """Controls after an evaluation, each one more greedy answer per query; [] runs none."""
+    kinds: list[ControlName] = field(default_factory=lambda: [ControlName.shuffled, ControlName.other])
+    """Controls after an evaluation, each one more greedy answer per query; [] runs none. shifted_stamps is left out,
+    with a line that says so, for a model whose prompt has no stamps."""
     num_queries: int | None = setting(200, at_least=1)
     """Ask only the first so many queries after an evaluation: enough for an agreement to within a few points."""
     every: int = setting(10, at_least=0, effect=Effect.none)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from tartvg.config.choices import LoraCompute, Precision, require
+from tartvg.config.choices import LoraCompute, Precision, VideoWrapper, require
 from tartvg.config.fields import Effect, Settings, setting
 
 
@@ -60,13 +60,17 @@ class PolicyConfig(Settings, path="policy"):
     name: str = setting(MISSING, effect=Effect.none)
     """What runs and tables call the policy."""
     path: str = setting(MISSING, effect=Effect.content)
-    """Hub id or local folder in Hugging Face format; `embedded:tiny` is the one that ships in the package."""
+    """Hub id or local folder in Hugging Face format; `embedded:tiny` and `embedded:tiny3` ship in the package."""
     revision: str | None = setting(None, effect=Effect.content)
     """Hub commit, for reproducibility."""
     precision: Precision = Precision.fp32
     """Arithmetic of the weights and activations."""
     attention: str = setting("sdpa", among=("sdpa", "flash_attention_2"))
     """Attention kernels. The library's `eager` does not mask a causal pass by itself."""
+    video_wrapper: VideoWrapper = VideoWrapper.inner
+    """Qwen3-VL only. `inner` writes what transformers 4.57 wrote, with which its weights were released: vision marks
+    around each temporal step. Since 5.10 the library keeps the chat template's pair around the whole video too, as
+    `outer` does. Which of the two the weights have seen is not published."""
     shared_prefix: bool = True
     """Run the prompt once per group. False is the slow oracle."""
     activation_checkpointing: bool | str = setting(False, effect=Effect.rounding)

@@ -32,7 +32,7 @@ from tartvg.config import FramesConfig
 from tartvg.data.decoder_process import READY, SENT
 from tartvg.data.examine import VideoFacts, VideoFault
 from tartvg.data.packets import VideoError
-from tartvg.data.video import Clip
+from tartvg.data.video import FACTOR, Clip
 from tartvg.records import append_jsonl, read_jsonl
 
 Reply = TypeVar("Reply")
@@ -63,14 +63,17 @@ class ClipReader:
         self._reasons: dict[str, str] = {}
         self._size_read = 0
 
-    def read(self, path: Path, settings: FramesConfig) -> Clip:
-        """The clip of a file. Raises VideoError with the reason, which is on the list then, or DecoderKilled."""
+    def read(self, path: Path, settings: FramesConfig, side: int = FACTOR) -> Clip:
+        """The clip of a file, its sides multiples of `side`.
+
+        Raises VideoError with the reason, which is on the list then, or DecoderKilled.
+        """
         key = json.dumps([*identity(path), astuple(settings)])
         self._refresh()
         if key in self._reasons:
             raise VideoError(self._reasons[key])
         try:
-            return decode_isolated(path, settings)
+            return decode_isolated(path, settings, side)
         except DecoderKilled:
             raise
         except VideoError as error:
@@ -117,9 +120,9 @@ class Decoder:
             )
         theirs.close()  # else the end of the process would not close the connection
 
-    def decode(self, path: Path, settings: FramesConfig) -> Clip:
+    def decode(self, path: Path, settings: FramesConfig, side: int = FACTOR) -> Clip:
         """Decode a file. Raises VideoError; the process is gone after a time-out and after a crash."""
-        return self._ask(path, settings, settings.timeout_s, self._clip)
+        return self._ask(path, settings, settings.timeout_s, self._clip, side=side)
 
     def examine(self, path: Path, settings: FramesConfig, annotated: float) -> VideoFacts:
         """Examine a file; see `tartvg.data.examine`. Raises VideoError for what took the process along."""
@@ -127,9 +130,11 @@ class Decoder:
 
     def _ask(
         self, path: Path, settings: FramesConfig, limit_s: float, read: Callable[[dict[str, Any]], Reply],
-        annotated: float | None = None,
+        annotated: float | None = None, side: int = FACTOR,
     ) -> Reply:  # fmt: skip
-        request = {"path": str(path), "frames": asdict(settings), "limit_s": limit_s, "annotated": annotated}
+        request = {
+            "path": str(path), "frames": asdict(settings), "side": side, "limit_s": limit_s, "annotated": annotated,
+        }  # fmt: skip
         try:
             self._await_start()
             self.connection.send_bytes(json.dumps(request).encode())
@@ -300,12 +305,12 @@ atexit.register(DECODERS.end)
 os.register_at_fork(after_in_child=DECODERS.forget)
 
 
-def decode_isolated(path: Path, settings: FramesConfig) -> Clip:
+def decode_isolated(path: Path, settings: FramesConfig, side: int = FACTOR) -> Clip:
     """`read_clip` in another process. Raises VideoError, after `settings.timeout_s` at the latest.
 
     A file whose decoder is ended from outside gets a second try, with a limit of its own; then DecoderKilled.
     """
-    return _try_twice(lambda decoder: decoder.decode(path, settings))
+    return _try_twice(lambda decoder: decoder.decode(path, settings, side))
 
 
 def examine_isolated(path: Path, settings: FramesConfig, annotated: float) -> VideoFacts:

@@ -57,7 +57,7 @@ def reply_to(request: dict[str, Any], pixels: int) -> dict[str, Any]:
     if request["annotated"] is not None:
         return {"facts": to_json(examine(path, settings, request["annotated"]))}
     try:
-        clip = read_clip(path, settings)
+        clip = read_clip(path, settings, request["side"])
     except VideoError as error:
         return {"error": str(error)}
     with open(pixels, "wb", closefd=False) as file:

@@ -1,8 +1,9 @@
 """Video files -> frames with their true times, by PyAV. No torch.
 
 Frame choice and resize follow the released model's own rules (Qwen2-VL video processor of transformers and
-qwen-vl-utils): `fps` frames a second, an even number of them, sides that are multiples of 28, a pixel budget per
-frame and one for all frames together. Resizing happens while decoding, by libswscale.
+qwen-vl-utils): `fps` frames a second, an even number of them, sides that are multiples of 28 (or of what another
+family of models has), a pixel budget per frame and one for all frames together. Resizing happens while decoding, by
+libswscale.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tartvg.data.packets import PacketTable, VideoError, scan
 TEMPORAL_PATCH = 2
 """Frames that the vision tower merges into one grid step."""
 FACTOR = 28
-"""Sides are multiples of patch size 14 times merge size 2."""
+"""Sides are multiples of Qwen2.5-VL's patch size 14 times merge size 2, unless another number is given."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Clip:
     """The sampled frames of one video."""
 
     frames: np.ndarray
-    """uint8, (F, height, width, 3), F even, sides multiples of 28."""
+    """uint8, (F, height, width, 3), F even, sides multiples of the model's patches."""
     times: tuple[float, ...]
     """Presentation time of each frame in seconds from the first frame of the file, ascending."""
     duration: float
@@ -59,8 +60,10 @@ def sampled_indices(num_frames: int, count: int) -> list[int]:
     return [min(int(i * num_frames / count), num_frames - 1) for i in range(count)]
 
 
-def target_size(height: int, width: int, num_frames: int, settings: FramesConfig) -> tuple[int, int]:
-    """Height and width after the resize: multiples of 28, nearest to the source within the pixel budgets.
+def target_size(
+    height: int, width: int, num_frames: int, settings: FramesConfig, side: int = FACTOR
+) -> tuple[int, int]:
+    """Height and width after the resize: multiples of `side`, nearest to the source within the pixel budgets.
 
     Raises ValueError for a strip that is over 200 times as long as it is wide.
     """
@@ -68,16 +71,16 @@ def target_size(height: int, width: int, num_frames: int, settings: FramesConfig
     max_pixels = max(min(settings.max_pixels, share), int(settings.min_pixels * 1.05))
     if max(height, width) / min(height, width) > 200:
         raise ValueError(f"aspect ratio of {height}x{width} is over 200")
-    new_height = max(FACTOR, round(height / FACTOR) * FACTOR)
-    new_width = max(FACTOR, round(width / FACTOR) * FACTOR)
+    new_height = max(side, round(height / side) * side)
+    new_width = max(side, round(width / side) * side)
     if new_height * new_width > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
-        new_height = max(FACTOR, math.floor(height / scale / FACTOR) * FACTOR)
-        new_width = max(FACTOR, math.floor(width / scale / FACTOR) * FACTOR)
+        new_height = max(side, math.floor(height / scale / side) * side)
+        new_width = max(side, math.floor(width / scale / side) * side)
     elif new_height * new_width < settings.min_pixels:
         scale = math.sqrt(settings.min_pixels / (height * width))
-        new_height = math.ceil(height * scale / FACTOR) * FACTOR
-        new_width = math.ceil(width * scale / FACTOR) * FACTOR
+        new_height = math.ceil(height * scale / side) * side
+        new_width = math.ceil(width * scale / side) * side
     return new_height, new_width
 
 
@@ -97,17 +100,19 @@ def chosen_stamps(table: PacketTable, count: int) -> list[int]:
     return [shown[bisect_right(times, i * step) - 1] for i in range(count)]
 
 
-def _decode(path: Path, settings: FramesConfig, deadline: float) -> Clip:
+def _decode(path: Path, settings: FramesConfig, side: int, deadline: float) -> Clip:
     table = scan(path, deadline)
     count = num_sampled(len(table.shown), table.duration, settings)
-    painter = Painter(lambda height, width: target_size(height, width, count, settings))
+    painter = Painter(lambda height, width: target_size(height, width, count, settings, side))
     half_a_step = table.duration / count / 2
     found = pictures(path, table, chosen_stamps(table, count), half_a_step, painter, deadline)
     return Clip(np.stack([image for _, image in found]), tuple(time for time, _ in found), table.duration)
 
 
-def read_clip(path: Path, settings: FramesConfig) -> Clip:
-    """Decode the sampled frames of a file. Raises VideoError naming the file and what is wrong with it.
+def read_clip(path: Path, settings: FramesConfig, side: int = FACTOR) -> Clip:
+    """Decode the sampled frames of a file, their sides multiples of `side`.
+
+    Raises VideoError naming the file and what is wrong with it.
 
     `settings.timeout_s` is looked at between packets: a decoder that hangs inside one is not ended here, and one that
     crashes takes the process along. `tartvg.data.clips.ClipReader` does both in a process of its own.
@@ -115,7 +120,7 @@ def read_clip(path: Path, settings: FramesConfig) -> Clip:
     if not path.is_file():
         raise VideoError(f"{path}: no such video file")
     try:
-        return _decode(path, settings, time.monotonic() + settings.timeout_s)
+        return _decode(path, settings, side, time.monotonic() + settings.timeout_s)
     except VideoError:
         raise
     except (FFmpegError, OSError, ValueError, ArithmeticError, MemoryError) as error:  # mostly damaged headers

@@ -1,8 +1,8 @@
 """Does the reasoning depend on the video? Answers to the true video beside answers to a control. No torch.
 
-A control is the same question about a video that should change the answer: the same frames in another order, or the
-video of another query. A policy that reads its times off the frames answers both differently, and worse; one that has
-learnt which times are usual answers both alike.
+A control is the same question about a video that should change the answer: the same frames in another order, the
+video of another query, or the same frames with other times. A policy that reads its times off the video answers these
+differently; one that has learnt which times are usual answers them alike.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from tartvg.types import Span
 
 TOLERANCE = 0.005
 """Seconds; half a unit of the format's last digit."""
+SHIFT_S = 5.0
+"""Seconds by which the control `shifted_stamps` moves all times that the prompt tells."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,16 @@ class Said:
     def spans(self) -> tuple[Span, ...]:
         """Anchors in order, then the answer; empty when nothing could be read."""
         return (*self.anchors, self.answer) if self.answer is not None else self.anchors
+
+    def later(self, seconds: float) -> Said:
+        """The same answer with all its times moved."""
+        answer = None if self.answer is None else moved(self.answer, seconds)
+        return Said(tuple(moved(anchor, seconds) for anchor in self.anchors), answer)
+
+
+def moved(span: Span, seconds: float) -> Span:
+    """A span so many seconds later."""
+    return Span(span.start + seconds, span.end + seconds)
 
 
 @dataclass(frozen=True)

@@ -21,39 +21,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tartvg.config import FramesConfig, PolicyConfig, SamplingConfig
-from tartvg.data.video import FACTOR, TEMPORAL_PATCH, target_size
+from tartvg.data.video import TEMPORAL_PATCH, target_size
 from tartvg.policy.decode_layers import DecodePass
 from tartvg.policy.decoding import Decoding, Rows
+from tartvg.policy.deepstack import DeepStack
+from tartvg.policy.families.family import Family, family_of, family_of_published
 from tartvg.policy.kv_cache import DecodeCache
 from tartvg.policy.loading import DTYPES, base_path, new_adapter, read_config
-from tartvg.policy.model_files import check_small_files
+from tartvg.policy.model_files import check_small_files, hub_small_files
 from tartvg.policy.policy import Policy, TokenBatch
 from tartvg.timing import PhaseTimer
 
-VISION = dict(
-    depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2,
-    temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2,
-)  # fmt: skip
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": dict(
-        text_config=dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-                         num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
-        vision_config={**VISION, "out_hidden_size": 2048}, tie_word_embeddings=True,
-    ),
-    "Qwen/Qwen2.5-VL-7B-Instruct": dict(
-        text_config=dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                         num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
-        vision_config={**VISION, "out_hidden_size": 3584}, tie_word_embeddings=False,
-    ),
-}  # fmt: skip
-"""The released models' shapes, so that a plan can be made without their files."""
 TRACED_LAYERS = (4, 6)
 """Decoder layers of the models that stand in for a deeper one."""
 TEXT_TOKENS = 400
-"""Of a prompt beside its video: instructions and query."""
+"""Of a prompt beside its video and its stamps: instructions and query."""
 WORK = ("sample", "update", "update_one")
 """What is traced; the last is an update with one completion."""
 
@@ -63,6 +47,7 @@ class Load:
     """What one process works on at once."""
 
     prompt_tokens: int
+    """Of the longest prompt, its video's included."""
     num_prompts: int
     """Of a step."""
     group_size: int
@@ -74,6 +59,13 @@ class Load:
     """Prompts that are sampled in one batch; None: all of the step."""
     rows_per_pass: int | None = None
     """Completions of a group per forward pass of an update; None: all."""
+    text_tokens: int = TEXT_TOKENS
+    """Of the longest prompt, those that are no video tokens."""
+
+    @property
+    def video_tokens(self) -> int:
+        """Of the longest prompt."""
+        return max(0, self.prompt_tokens - self.text_tokens)
 
 
 @dataclass(frozen=True)
@@ -140,11 +132,11 @@ class LiveBytes(TorchDispatchMode):
 class ShapePolicy(Policy):
     """The policy without content: built on the meta device; `become_fake` lets it run inside a FakeTensorMode."""
 
-    def __init__(self, settings: PolicyConfig, config: Qwen2_5_VLConfig) -> None:
+    def __init__(self, settings: PolicyConfig, config: Any) -> None:
         torch.nn.Module.__init__(self)
-        self.settings = settings
+        self.settings, self.family = settings, family_of(config.model_type)
         with torch.device("meta"):  # the libraries move and cast weights while they build, which no fake tensor allows
-            base: Any = Qwen2_5_VLForConditionalGeneration._from_config(
+            base = self.family.model_class._from_config(
                 config, dtype=DTYPES[settings.precision], attn_implementation=settings.attention
             )
             base.requires_grad_(False)
@@ -168,9 +160,12 @@ class ShapePolicy(Policy):
                         made[id(old)] = torch.nn.Parameter(new, old.requires_grad) if is_weight else new
                     tensors[name] = None if old is None else made[id(old)]
 
-    def _embed_prompt(self, prepared: Any) -> Tensor:
-        width = self.language_model.config.hidden_size
-        return torch.zeros(1, prepared.inputs.length, width, dtype=next(self.core.parameters()).dtype)
+    def _embed_prompt(self, prepared: Any) -> tuple[Tensor, DeepStack]:
+        width, dtype = self.language_model.config.hidden_size, next(self.core.parameters()).dtype
+        places = torch.zeros(prepared.video_tokens, dtype=torch.long)
+        added = self.family.num_features(self.core.config) - 1
+        features = tuple(torch.zeros(len(places), width, dtype=dtype) for _ in range(added))
+        return torch.zeros(1, prepared.inputs.length, width, dtype=dtype), DeepStack(places, features)
 
     def logps(self, prepared: Any, tokens: TokenBatch, temperature: float = 1.0) -> Tensor:
         """As `Policy.logps` does it where every token is real: how many are is no question of shapes."""
@@ -185,22 +180,25 @@ class ShapePolicy(Policy):
         return torch.cat(parts)
 
 
-def model_config(settings: PolicyConfig) -> Qwen2_5_VLConfig:
+def model_config(settings: PolicyConfig) -> Any:
     """The shapes of the base: published ones, or those of its own folder. Raises SettingError."""
-    if settings.path in PUBLISHED:
-        return Qwen2_5_VLConfig(**PUBLISHED[settings.path])
-    path, setting = base_path(settings), f"policy.path={settings.path}"
-    if Path(path).is_dir():
-        check_small_files(Path(path), setting)
-    return read_config(path, setting)
+    if (family := family_of_published(settings.path)) is not None:
+        return family.config_class(**family.published[settings.path])
+    folder, setting = Path(base_path(settings)), f"policy.path={settings.path}"
+    if folder.is_dir():
+        check_small_files(folder, setting)
+    else:
+        folder = hub_small_files(settings.path, settings.revision, setting)
+    return read_config(folder, setting)
 
 
-def most_video_tokens(frames: FramesConfig) -> int:
-    """Tokens of the longest prompt's video: over all lengths, for a picture of 16:9."""
-    most = 0
+def most_tokens(frames: FramesConfig, family: Family) -> tuple[int, int]:
+    """Video tokens of the longest prompt, and the text tokens that tell their times: a picture of 16:9, any length."""
+    side, most = family.patch_form.side, (0, 0)
     for count in range(TEMPORAL_PATCH, frames.max_frames + 1, TEMPORAL_PATCH):
-        height, width = target_size(1080, 1920, count, frames)
-        most = max(most, count // TEMPORAL_PATCH * (height // FACTOR) * (width // FACTOR))
+        height, width = target_size(1080, 1920, count, frames, side)
+        steps = count // TEMPORAL_PATCH
+        most = max(most, (steps * (height // side) * (width // side), steps * family.step_tokens), key=sum)
     return most
 
 
@@ -240,9 +238,7 @@ def update_bytes(settings: PolicyConfig, load: Load) -> int:
     return _of_all_layers(settings, model_config(settings), load, ("update",))["update"]
 
 
-def _of_all_layers(
-    settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load, names: Sequence[str] = WORK
-) -> dict[str, int]:
+def _of_all_layers(settings: PolicyConfig, config: Any, load: Load, names: Sequence[str] = WORK) -> dict[str, int]:
     """Peaks of some of `WORK`.
 
     The decoder's layers are alike, so the peak of a phase grows by the same bytes with each: two small models tell a
@@ -259,17 +255,17 @@ def _of_all_layers(
     }
 
 
-def with_layers(config: Qwen2_5_VLConfig, number: int) -> Qwen2_5_VLConfig:
+def with_layers(config: Any, number: int) -> Any:
     """The same decoder with fewer layers."""
     changed = deepcopy(config)
     text: Any = changed.get_text_config()
-    text.num_hidden_layers, text.layer_types = number, text.layer_types[:number]
+    text.num_hidden_layers = number
+    if hasattr(text, "layer_types"):
+        text.layer_types = text.layer_types[:number]
     return changed
 
 
-def _peaks(
-    settings: PolicyConfig, config: Qwen2_5_VLConfig, load: Load, names: Sequence[str] = WORK
-) -> dict[str, list[int]]:
+def _peaks(settings: PolicyConfig, config: Any, load: Load, names: Sequence[str] = WORK) -> dict[str, list[int]]:
     policy = ShapePolicy(settings, config)
     with FakeTensorMode():
         policy.become_fake()
@@ -297,7 +293,8 @@ def _measured(policy: ShapePolicy, known: list[Tensor], load: Load, work: Any) -
 def _prepared(load: Load) -> Any:
     length = load.prompt_tokens
     positions = torch.zeros(3, length, dtype=torch.long)
-    return SimpleNamespace(inputs=SimpleNamespace(length=length, positions=positions, next_position=length))
+    inputs = SimpleNamespace(length=length, positions=positions, next_position=length)
+    return SimpleNamespace(inputs=inputs, video_tokens=load.video_tokens)
 
 
 def _sample(policy: ShapePolicy, load: Load) -> Iterator[None]:
@@ -338,17 +335,17 @@ def _bytes(tensors: list[Any]) -> int:
 
 
 def _feature_bytes(policy: ShapePolicy, load: Load) -> int:
-    size = DTYPES[policy.settings.precision].itemsize
-    return max(0, load.prompt_tokens - TEXT_TOKENS) * policy.language_model.config.hidden_size * size
+    size = DTYPES[policy.settings.precision].itemsize * policy.family.num_features(policy.core.config)
+    return load.video_tokens * policy.language_model.config.hidden_size * size
 
 
-def _vision_bytes(config: Qwen2_5_VLConfig, policy: ShapePolicy, load: Load) -> int:
+def _vision_bytes(config: Any, policy: ShapePolicy, load: Load) -> int:
     """Of one video without gradient: its patches in float32 and in the tower's type, and the widest layer's states.
 
     From the shapes alone: the tower reads its grid's numbers, which a tensor without content cannot give.
     """
     vision: Any = config.vision_config
     size = DTYPES[policy.settings.precision].itemsize
-    patches = 4 * max(0, load.prompt_tokens - TEXT_TOKENS)
+    patches = 4 * load.video_tokens
     pixels = 3 * vision.temporal_patch_size * vision.patch_size**2
     return patches * (pixels * (4 + size) + size * (6 * vision.hidden_size + 3 * vision.intermediate_size))

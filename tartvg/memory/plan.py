@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from tartvg.config import Config, SettingError, Strategy, TrainerConfig
-from tartvg.memory.footprint import TEXT_TOKENS, Footprint, Load, most_video_tokens, trace
+from tartvg.memory.footprint import TEXT_TOKENS, Footprint, Load, model_config, most_tokens, trace
+from tartvg.policy.families.family import family_of
 
 GIB = 2**30
 USUAL_GIB = 80e9 / GIB
@@ -56,8 +57,11 @@ class Plan:
 def load_of(config: Config) -> Load:
     """The largest step that these settings allow."""
     processes = config.trainer.devices * config.trainer.num_nodes
+    family = family_of(model_config(config.policy).model_type)
+    video_tokens, stamp_tokens = most_tokens(config.policy.frames, family)
     return Load(
-        prompt_tokens=most_video_tokens(config.policy.frames) + TEXT_TOKENS,
+        prompt_tokens=video_tokens + stamp_tokens + TEXT_TOKENS,
+        text_tokens=stamp_tokens + TEXT_TOKENS,
         num_prompts=-(-config.grpo.prompts_per_step // processes),
         group_size=config.grpo.group_size,
         new_tokens=config.grpo.sampling.max_new_tokens,

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from tartvg.policy.features import VideoFeatures
-from tartvg.policy.policy import PreparedPrompt
+from tartvg.policy.policy import Policy, PreparedPrompt
 from tartvg.policy.sampling import stream_seed
 
 
@@ -26,9 +26,20 @@ def shuffled(prepared: PreparedPrompt) -> PreparedPrompt:
     return replace(prepared, video=in_order(prepared.video, order_T))
 
 
+def with_shifted_stamps(policy: Policy, prepared: PreparedPrompt, seconds: float) -> PreparedPrompt:
+    """Tell the same frames with other times: each stamp of the prompt later by so many seconds.
+
+    For a family that writes times into the prompt: whoever reads them must answer as much later, and whoever counts
+    steps or knows usual times answers the same.
+    """
+    assert policy.family.is_time_text, f"{policy.family.title} writes no stamps"
+    video = replace(prepared.video, stamps=tuple(stamp + seconds for stamp in prepared.video.stamps))
+    return replace(prepared, video=video, inputs=policy.encode_prompt(prepared.prompt.text, video))
+
+
 def in_order(video: VideoFeatures, order_T: torch.Tensor) -> VideoFeatures:
     """Reorder the features of a video, so that grid step t shows what step `order_T[t]` showed."""
     steps = video.grid_thw[0]
     assert sorted(order_T.tolist()) == list(range(steps)), "an order holds every step once"
-    by_step_TN = video.embeddings.unflatten(0, (steps, -1))
-    return replace(video, embeddings=by_step_TN[order_T.to(video.embeddings.device)].flatten(0, 1))
+    order_T = order_T.to(video.embeddings.device)
+    return video.mapped(lambda features: features.unflatten(0, (steps, -1))[order_T].flatten(0, 1))

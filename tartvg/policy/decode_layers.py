@@ -63,7 +63,10 @@ class DecodeLayer:
     scale: float
     attention_norm: Map
     query: Adapted
+    query_norm: Map
+    """Of each head, before its rotation; the identity where a family has none."""
     key: Adapted
+    key_norm: Map
     value: Adapted
     out: Adapted
     mlp_norm: Map
@@ -82,7 +85,9 @@ class DecodeLayer:
             scale=attention.scaling,
             attention_norm=layer.input_layernorm,
             query=Adapted.of(attention.q_proj),
+            query_norm=getattr(attention, "q_norm", _same),
             key=Adapted.of(attention.k_proj),
+            key_norm=getattr(attention, "k_norm", _same),
             value=Adapted.of(attention.v_proj),
             out=Adapted.of(attention.o_proj),
             mlp_norm=layer.post_attention_layernorm,
@@ -96,15 +101,20 @@ class DecodeLayer:
         """(R, hidden) -> (R, hidden); angles are cosine and sine, (R, 1, D)."""
         rows = len(hidden)
         x = self.attention_norm(hidden)
-        query, key = self.query(x), self.key(x)
-        turned = _turned(torch.cat([query, key], dim=1).view(rows, -1, self.width), *angles)
-        query, key = turned.split([query.shape[1] // self.width, key.shape[1] // self.width], dim=1)
+        query = self.query_norm(self.query(x).view(rows, -1, self.width))
+        key = self.key_norm(self.key(x).view(rows, -1, self.width))
+        turned = _turned(torch.cat([query, key], dim=1), *angles)
+        query, key = turned.split([query.shape[1], key.shape[1]], dim=1)
         value = self.value(x).view(rows, -1, 1, self.width)
         keys, values = cache.update(key[:, :, None], value, self.index)
         attended = shared_prefix_attention(query, keys, values, cache, self.index, self.scale)
         hidden = hidden + self.out(attended)
         x = self.mlp_norm(hidden)
         return hidden + self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _turned(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from tartvg.config import PolicyConfig
 from tartvg.policy.features import VideoFeatures
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key; raise it when frames, patches or the meaning of an entry change."""
 SUFFIX = ".safetensors"
 _ABANDONED_S = 3600.0
@@ -135,31 +135,38 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def _facts(features: VideoFeatures) -> str:
-    return json.dumps([features.grid_thw, features.seconds_per_grid, features.duration])
+    return json.dumps([features.grid_thw, features.seconds_per_grid, features.duration, features.stamps])
 
 
-def _checksum(text: str, facts: str, embeddings: Tensor) -> str:
-    digest = hashlib.sha256(f"{text}\n{facts}\n{embeddings.dtype} {tuple(embeddings.shape)}\n".encode())
-    digest.update(_bytes(embeddings))
+def _checksum(text: str, facts: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(f"{text}\n{facts}\n".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
 def _pack(text: str, features: VideoFeatures) -> bytes:
-    facts, embeddings = _facts(features), features.embeddings.detach().cpu().contiguous()
-    metadata = {"key": text, "facts": facts, "sha256": _checksum(text, facts, embeddings)}
-    return safetensors.torch.save({"embeddings": embeddings}, metadata=metadata)
+    tensors = {"embeddings": features.embeddings}
+    tensors |= {f"deepstack.{level:02}": tensor for level, tensor in enumerate(features.deepstack)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    facts = _facts(features)
+    return safetensors.torch.save(tensors, {"key": text, "facts": facts, "sha256": _checksum(text, facts, tensors)})
 
 
 def _unpack(content: bytes, text: str) -> VideoFeatures:
-    embeddings = safetensors.torch.load(content)["embeddings"]  # checks the header and all offsets
+    tensors = safetensors.torch.load(content)  # checks the header and all offsets
     length = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + length])["__metadata__"]
     if metadata["key"] != text:
         raise ValueError("it belongs to another video or setting")
-    if metadata["sha256"] != _checksum(text, metadata["facts"], embeddings):
+    if metadata["sha256"] != _checksum(text, metadata["facts"], tensors):
         raise ValueError("its checksum is wrong")
-    grid_thw, seconds_per_grid, duration = json.loads(metadata["facts"])
-    return VideoFeatures(embeddings, tuple(grid_thw), seconds_per_grid, duration)
+    grid_thw, seconds_per_grid, duration, stamps = json.loads(metadata["facts"])
+    deepstack = tuple(tensor for name, tensor in sorted(tensors.items()) if name != "embeddings")
+    return VideoFeatures(
+        tensors["embeddings"], tuple(grid_thw), seconds_per_grid, duration, deepstack=deepstack, stamps=tuple(stamps)
+    )
 
 
 def disk_cache(settings: PolicyConfig, tower: torch.nn.Module) -> DiskCache | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from tartvg.config import FramesConfig
+from tartvg.policy.patches import MERGE
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,25 @@ class VideoFeatures:
     duration: float
     """Seconds, measured on the file."""
     patches: Tensor | None = None
-    """float32 (N, 1176), only for a trainable tower: every pass encodes them anew, as the weights have moved."""
+    """float32 (N, width), only for a trainable tower: every pass encodes them anew, as the weights have moved."""
+    deepstack: tuple[Tensor, ...] = ()
+    """Further features of the same shape, see `tartvg.policy.deepstack`; empty for a family without."""
+    stamps: tuple[float, ...] = ()
+    """Seconds of each temporal step: the mean of its first and its last frame's."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Video tokens in the prompt."""
+        return self.grid_thw[0] * self.grid_thw[1] * self.grid_thw[2] // MERGE**2
+
+    @property
+    def size(self) -> int:
+        """Bytes of all features."""
+        return sum(x.numel() * x.element_size() for x in (self.embeddings, *self.deepstack))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> VideoFeatures:
+        """Replace every tensor of features by a function of it."""
+        return replace(self, embeddings=function(self.embeddings), deepstack=tuple(map(function, self.deepstack)))
 
 
 def video_key(path: Path, settings: FramesConfig, device: str) -> Hashable:
@@ -55,11 +74,10 @@ class FeatureCache:
 
     def put(self, key: Hashable, features: VideoFeatures) -> None:
         """Add an entry and drop the oldest ones that no longer fit; one that never fits is not kept."""
-        size = features.embeddings.numel() * features.embeddings.element_size()
-        if size > self.limit or key in self.entries:
+        if features.size > self.limit or key in self.entries:
             return
-        self.entries[key] = replace(features, embeddings=features.embeddings.cpu())
-        self.size += size
+        self.entries[key] = features.mapped(Tensor.cpu)
+        self.size += features.size
         while self.size > self.limit:
             _, oldest = self.entries.popitem(last=False)
-            self.size -= oldest.embeddings.numel() * oldest.embeddings.element_size()
+            self.size -= oldest.size

@@ -1,4 +1,4 @@
-"""Prompt and clip -> token ids, positions and patches of one prompt.
+"""Prompt and clip -> token ids, positions and patches of one prompt: what all families have in common.
 
 Legend: S prompt tokens, N patches.
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from tartvg.data.video import Clip
-from tartvg.policy.patches import MERGE, patchify
-from tartvg.policy.positions import next_position, prompt_positions
+from tartvg.policy.patches import TEMPORAL_PATCH, PatchForm, patchify
 
 VIDEO_PAD = "<|video_pad|>"
 
@@ -23,14 +22,11 @@ class ClipPatches:
     """What the vision tower needs of one clip."""
 
     patches: Tensor
-    """float32 (N, 1176)."""
+    """float32 (N, 3 * 2 * patch * patch)."""
     grid_thw: tuple[int, int, int]
     seconds_per_grid: float
-
-    @property
-    def num_tokens(self) -> int:
-        """Video tokens in the prompt."""
-        return self.grid_thw[0] * self.grid_thw[1] * self.grid_thw[2] // MERGE**2
+    stamps: tuple[float, ...] = ()
+    """Seconds of each temporal step: the mean of its first and its last frame's."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +51,19 @@ class PromptInputs:
         return next_position(self.positions)
 
 
-def clip_patches(clip: Clip) -> ClipPatches:
-    """Patches, grid and time step of a decoded clip."""
-    patches, grid_thw = patchify(clip.frames)
-    return ClipPatches(patches, grid_thw, clip.seconds_per_grid)
+def next_position(positions: Tensor) -> int:
+    """Return the position of the token that follows (3, S): the largest one so far plus one."""
+    return int(positions.max()) + 1
+
+
+def clip_patches(clip: Clip, form: PatchForm) -> ClipPatches:
+    """Patches, grid and times of a decoded clip. The last frame of an odd number is taken twice."""
+    missing = -len(clip.times) % TEMPORAL_PATCH
+    frames = np.concatenate([clip.frames, clip.frames[-1:]]) if missing else clip.frames
+    times = clip.times + clip.times[-1:] * missing
+    patches, grid_thw = patchify(frames, form)
+    stamps = tuple((a + b) / 2 for a, b in zip(times[::2], times[1::2], strict=True))
+    return ClipPatches(patches, grid_thw, clip.seconds_per_grid, stamps)
 
 
 def chat_text(tokenizer: Any, user_text: str) -> str:
@@ -72,21 +77,3 @@ def chat_text(tokenizer: Any, user_text: str) -> str:
     if text.count(VIDEO_PAD) != 1:
         raise ValueError(f"the chat template made {text.count(VIDEO_PAD)} video places instead of 1")
     return str(text)
-
-
-def encode_prompt(
-    tokenizer: Any,
-    user_text: str,
-    grid_thw: tuple[int, int, int],
-    seconds_per_grid: float,
-    tokens_per_second: float,
-) -> PromptInputs:
-    """Token ids and M-RoPE positions of a prompt with one video."""
-    before, after = chat_text(tokenizer, user_text).split(VIDEO_PAD)
-    ids_before = tokenizer.encode(before, add_special_tokens=False)
-    ids_after = tokenizer.encode(after, add_special_tokens=False)
-    num_video = grid_thw[0] * grid_thw[1] * grid_thw[2] // MERGE**2
-    video_id = tokenizer.convert_tokens_to_ids(VIDEO_PAD)
-    ids = torch.tensor(ids_before + [video_id] * num_video + ids_after)
-    positions = prompt_positions(len(ids_before), len(ids_after), grid_thw, seconds_per_grid, tokens_per_second)
-    return PromptInputs(ids, positions, ids == video_id)

@@ -17,10 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CAUSAL: dict[str, Tensor | None] = {"full_attention": None}
-"""Mask of a plain causal pass; our own dict keeps the library from building one."""
-
-
 PADDED_TO = 8
 """Places for keys behind a bias come in multiples of this: a CUDA kernel reads 16 bytes of the bias at a time."""
 
@@ -42,6 +38,14 @@ class PrefixCache:
     def get_seq_length(self, *_: Any) -> int:
         """Tokens held."""
         return int(self.keys[0].shape[2]) if self.keys else 0
+
+    def get_query_offset(self, *_: Any) -> int:
+        """Tokens before those of the pass, which the library asks to see that a causal pass needs no mask."""
+        return 0
+
+    def get_mask_sizes(self, num_queries: int, *_: Any) -> tuple[int, int]:
+        """Keys of the pass and tokens before the first of them, for the same question."""
+        return num_queries, 0
 
 
 class ExpandedCache:

@@ -16,11 +16,12 @@ import torch
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer
 from transformers.utils import is_flash_attn_2_available
 
-from tartvg.config import LoraCompute, LoraConfig, PolicyConfig, Precision, SettingError
+from tartvg.config import LoraCompute, LoraConfig, PolicyConfig, Precision, SettingError, VideoWrapper
 from tartvg.launch.processes import is_follower
+from tartvg.policy.families.family import Family, family_of
 from tartvg.policy.inputs import chat_text
 from tartvg.policy.lora import compute_natively
 from tartvg.policy.model_files import (
@@ -31,17 +32,15 @@ from tartvg.policy.model_files import (
     check_model,
     hub_folder,
     read_header,
+    read_json,
 )
 from tartvg.policy.patches import embed_as_product
 from tartvg.policy.window_attention import WINDOW_ATTENTION
 
-EMBEDDED_TINY = "embedded:tiny"
+EMBEDDED = "embedded:"
+"""Before the name of a base that ships in the package."""
 ADAPTER = "default"
 REFERENCE = "reference"
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-"""Every linear layer of the language model; the vision tower stays as released."""
-TOWER_TARGETS = r".*visual\.blocks\..*\.(qkv|proj|gate_proj|up_proj|down_proj)"
-"""Every linear layer of the tower's blocks, with `policy.lora.vision`."""
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 TOKEN_IDS = {
     "<|vision_start|>": "vision_start_token_id",
@@ -62,19 +61,20 @@ OLD_NAMES = (
 """How the weights of an adapter were called under transformers 4.51 and before, and what stands there today."""
 
 
-def embedded_path() -> Path:
-    """Return the folder of the tiny base that ships in the package."""
-    return Path(str(resources.files("tartvg") / "assets" / "tiny"))
+def embedded_path(name: str = "tiny") -> Path:
+    """Return the folder of a base that ships in the package."""
+    return Path(str(resources.files("tartvg") / "assets" / name))
 
 
 def base_path(settings: PolicyConfig) -> str:
     """Return where the base model lies: a folder or a Hub id."""
-    if settings.path != EMBEDDED_TINY:
+    if not settings.path.startswith(EMBEDDED):
         return settings.path
-    path = embedded_path()
+    name = settings.path.removeprefix(EMBEDDED)
+    path = embedded_path(name)
     if not (path / CONFIG).is_file():
         raise SettingError(
-            f"policy.path={EMBEDDED_TINY}: {path} is missing; build it with `python -m experiments.tiny_base`"
+            f"policy.path={settings.path}: {path} is missing; build it with `python -m experiments.tiny_base {name}`"
         )
     return str(path)
 
@@ -95,7 +95,18 @@ def base_folder(settings: PolicyConfig) -> Path:
     if not folder.is_dir():
         raise SettingError(f"{setting} is a file: give the folder that holds the whole base")
     check_model(folder, setting)
+    family = family_in(folder, setting)
+    if settings.video_wrapper is not VideoWrapper.inner and not family.is_time_text:
+        raise SettingError(
+            f"policy.video_wrapper={settings.video_wrapper.value}: {family.title} writes no marks around the "
+            "steps of a video: leave it at inner"
+        )
     return folder
+
+
+def family_in(folder: Path, setting: str) -> Family:
+    """Return the family of the base in a folder that has been checked."""
+    return family_of(read_json(folder / CONFIG, setting)["model_type"])
 
 
 def checked_base(settings: PolicyConfig) -> tuple[Path, Any]:
@@ -115,15 +126,15 @@ def _in_a_line(error: Exception) -> str:
     return textwrap.shorten(str(error), 300) or type(error).__name__
 
 
-def read_config(path: str | Path, setting: str) -> Qwen2_5_VLConfig:
-    """The shapes of a base in a folder or on the Hub. Raises SettingError."""
+def read_config(folder: Path, setting: str) -> Any:
+    """The shapes of the base in a folder. Raises SettingError."""
     try:
-        return Qwen2_5_VLConfig.from_pretrained(str(path))
+        return family_in(folder, setting).config_class.from_pretrained(str(folder))
     except Exception as error:  # whatever the library makes of values that a user's file holds
         raise SettingError(f"{setting}: {CONFIG} cannot be used ({_in_a_line(error)})") from error
 
 
-def load_tokenizer(folder: Path, config: Qwen2_5_VLConfig, setting: str) -> Any:
+def load_tokenizer(folder: Path, config: Any, setting: str) -> Any:
     """The tokenizer of a base, with a chat template and the special tokens of config.json. Raises SettingError."""
     advice = "copy the tokenizer's files and chat_template.jinja of the released model there"
     try:
@@ -136,7 +147,7 @@ def load_tokenizer(folder: Path, config: Qwen2_5_VLConfig, setting: str) -> Any:
     return tokenizer
 
 
-def _fault_of(tokenizer: Any, config: Qwen2_5_VLConfig) -> str | None:
+def _fault_of(tokenizer: Any, config: Any) -> str | None:
     for token in (*TOKEN_IDS, *TURN_TOKENS):
         found = tokenizer.convert_tokens_to_ids(token)
         if found is None or tokenizer.convert_ids_to_tokens(found) != token:
@@ -153,7 +164,7 @@ def _fault_of(tokenizer: Any, config: Qwen2_5_VLConfig) -> str | None:
     return None
 
 
-def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneration, Any]:
+def load_base(settings: PolicyConfig) -> tuple[Any, Any]:
     """Load the frozen base model in eval mode, and its tokenizer.
 
     Raises SettingError for files that cannot be used (`checked_base`), and when a weight is missing, unexpected, of
@@ -161,7 +172,7 @@ def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneratio
     """
     setting, (folder, tokenizer) = _named(settings), checked_base(settings)
     try:
-        loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        loaded: Any = family_in(folder, setting).model_class.from_pretrained(
             str(folder),
             dtype=DTYPES[settings.precision],
             attn_implementation=settings.attention,
@@ -189,11 +200,13 @@ def load_base(settings: PolicyConfig) -> tuple[Qwen2_5_VLForConditionalGeneratio
 def new_adapter(model: Any, settings: LoraConfig, seed: int) -> peft.PeftModel:
     """Add a fresh LoRA adapter to the language model, or to the tower too; it starts as the identity."""
     torch.manual_seed(seed)
+    family = family_of(model.config.model_type)
+    targets = f"({family.lora_targets}|{family.tower_targets})" if settings.vision else family.lora_targets
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=f"({LORA_TARGETS}|{TOWER_TARGETS})" if settings.vision else LORA_TARGETS,
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     wrapped = peft.get_peft_model(model, config, adapter_name=ADAPTER)
@@ -282,7 +295,7 @@ def check_adapter(settings: PolicyConfig, folder: Path, setting: str) -> None:
     config.base_model_name_or_path = None  # of the machine that saved it; the library warns that it is another
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = peft.get_peft_model(Qwen2_5_VLForConditionalGeneration(base), config, adapter_name=ADAPTER)
+            model = peft.get_peft_model(family_of(base.model_type).model_class(base), config, adapter_name=ADAPTER)
         weights = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     except Exception as error:  # PEFT's words for layers that this base does not have, and the like
         raise SettingError(f"{setting}: {ADAPTER_CONFIG} does not fit {settings.path} ({_in_a_line(error)})") from error

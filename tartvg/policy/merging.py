@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tartvg.config import AnchorsConfig, FramesConfig, PolicyConfig, Precision, SettingError
+from tartvg.policy.families.qwen2_5_vl import PATCH_FORM
 from tartvg.policy.head import never_sampled
 from tartvg.policy.loading import DTYPES, base_folder, load_adapter, load_base, todays_name
 from tartvg.policy.model_files import ADAPTER_FILE, CONFIG, INDEX, read_header, read_json, weight_files
-from tartvg.policy.patches import MEAN, MERGE, PATCH, STD, TEMPORAL_PATCH
+from tartvg.policy.patches import MERGE, TEMPORAL_PATCH
 from tartvg.prompts import build_prompt
 from tartvg.types import GroundingSample
 
@@ -37,9 +38,9 @@ COPIED = (
 ADAPTER_PREFIX = "base_model.model."
 """What stands before the names of weights in an adapter."""
 PIXELS = {
-    "image_mean": list(MEAN),
-    "image_std": list(STD),
-    "patch_size": PATCH,
+    "image_mean": list(PATCH_FORM.mean),
+    "image_std": list(PATCH_FORM.std),
+    "patch_size": PATCH_FORM.size,
     "temporal_patch_size": TEMPORAL_PATCH,
     "merge_size": MERGE,
     "processor_class": "Qwen2_5_VLProcessor",
@@ -137,7 +138,7 @@ def write_usage(
         "video_processor_type": "Qwen2VLVideoProcessor", **PIXELS, **sizes, "fps": frames.fps,
         "min_frames": frames.min_frames, "max_frames": frames.max_frames, "do_sample_frames": True,
         # the budget of all frames, of which the library takes nine tenths of so many tokens
-        "cap_pixels_per_frame": True, "max_video_tokens": round(frames.total_pixels / (0.9 * (PATCH * MERGE) ** 2)),
+        "cap_pixels_per_frame": True, "max_video_tokens": round(frames.total_pixels / (0.9 * PATCH_FORM.side**2)),
     })  # fmt: skip
     prompt = build_prompt(GroundingSample("", Path(), "{query}", (), 0.0, "test"), anchors).text
     bounds = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tartvg.config import SettingError
+from tartvg.policy.families import FAMILIES
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -21,7 +22,6 @@ INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 """PEFT's name for an adapter's weights."""
-MODEL_TYPES = ("qwen2_5_vl",)
 FLOATS = ("F64", "F32", "F16", "BF16")
 """What safetensors calls the types of weights that are not quantised."""
 QUANTISED = "quantised weights are not supported; give the base that they were made from"
@@ -63,8 +63,8 @@ def check_small_files(folder: Path, setting: str) -> None:
         raise SettingError(f"{setting}: no {CONFIG} in this folder: give the folder that holds the whole base{hint}")
     config = read_json(folder / CONFIG, setting)
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise SettingError(f"{setting}: {CONFIG} says model_type={kind}; supported: {', '.join(MODEL_TYPES)}")
+    if kind not in FAMILIES:
+        raise SettingError(f"{setting}: {CONFIG} says model_type={kind}; supported: {', '.join(FAMILIES)}")
     quantisation = config.get("quantization_config")
     if quantisation:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
@@ -175,13 +175,19 @@ def check_adapter_files(folder: Path, setting: str) -> None:
 @lru_cache(maxsize=8)
 def hub_folder(name: str, revision: str | None, setting: str) -> Path:
     """A model of the Hub in its cache; what is missing is fetched, the weights last. Raises SettingError."""
+    folder = hub_small_files(name, revision, setting)
+    shards = _shards(folder, setting) if (folder / INDEX).is_file() else []
+    return _fetch(name, revision, [*SMALL_FILES, *(shards or [WEIGHTS])], setting)
+
+
+def hub_small_files(name: str, revision: str | None, setting: str) -> Path:
+    """Everything of a model of the Hub but its weights, in its cache, checked. Raises SettingError."""
     if not HUB_ID.fullmatch(name):
         hint = "; a shell leaves ~ behind a = as it is: write $HOME" if name.startswith("~") else ""
         raise SettingError(f"{setting}: there is no such folder{hint}")
     folder = _fetch(name, revision, SMALL_FILES, setting)
     check_small_files(folder, setting)
-    shards = _shards(folder, setting) if (folder / INDEX).is_file() else []
-    return _fetch(name, revision, [*SMALL_FILES, *(shards or [WEIGHTS])], setting)
+    return folder
 
 
 def _fetch(name: str, revision: str | None, patterns: list[str], setting: str) -> Path:

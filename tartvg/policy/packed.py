@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tartvg.policy.deepstack import DeepStack
 from tartvg.policy.kv_cache import attending_by
 from tartvg.policy.prefix_attention import can_join, joined_attention, suffix_mask
 
@@ -84,14 +85,14 @@ ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)
 
 
 def packed_states(
-    language_model: Any, prompt: Tensor, prompt_positions: Tensor, rows: Tensor, row_positions: Tensor, attention: str,
-    use_reentrant: bool = False,
+    language_model: Any, prompt: Tensor, deepstack: DeepStack, prompt_positions: Tensor, rows: Tensor,
+    row_positions: Tensor, attention: str, use_reentrant: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Hidden states of a prompt's last token, (1, 1, hidden), and of its completions, (G, T, hidden).
 
-    prompt (1, L, hidden) and rows (G, T, hidden) are embeddings; positions are int64 (3, L) and (T,), the latter
-    shared by all rows. `attention` names the library's implementation. With `use_reentrant` each layer is repeated
-    in a backward pass of its own (for ZeRO-3, see `Policy.logps`).
+    prompt (1, L, hidden) and rows (G, T, hidden) are embeddings, and `deepstack` is added to the prompt's states;
+    positions are int64 (3, L) and (T,), the latter shared by all rows. `attention` names the library's implementation.
+    With `use_reentrant` each layer is repeated in a backward pass of its own (for ZeRO-3, see `Policy.logps`).
     """
     (group, own, width), before = rows.shape, prompt.shape[1]
     num_rows = group if own else 0
@@ -103,9 +104,10 @@ def packed_states(
     angles = language_model.rotary_emb(hidden, positions[:, None])
     if use_reentrant and torch.is_grad_enabled():
         hidden = hidden.detach().requires_grad_()  # such a pass needs an input with gradient; embeddings are frozen
-    for layer in language_model.layers:
+    for index, layer in enumerate(language_model.layers):
         run = partial(_layer, language_model, layer, angles, packing)
         hidden = checkpoint(run, hidden, use_reentrant=use_reentrant) if torch.is_grad_enabled() else run(hidden)
+        hidden = deepstack.added(index, hidden)
     hidden = language_model.norm(hidden[:, before - 1 :])
     return hidden[:, :1], hidden[:, 1:].reshape(group, own, width)
 

@@ -20,11 +20,13 @@ from tartvg.config import PolicyConfig, SamplingConfig
 from tartvg.data.clips import ClipReader
 from tartvg.data.video import Clip
 from tartvg.policy.decoding import Watch, decode, pace_of
+from tartvg.policy.deepstack import DeepStack
 from tartvg.policy.disk_cache import DiskCache, disk_cache
+from tartvg.policy.families.family import family_of
 from tartvg.policy.features import FeatureCache, VideoFeatures, video_key
 from tartvg.policy.head import compute_in_float32, never_sampled, token_bias
-from tartvg.policy.inputs import PromptInputs, clip_patches, encode_prompt
-from tartvg.policy.kv_cache import CAUSAL, DecodeCache, PrefixCache
+from tartvg.policy.inputs import PromptInputs, clip_patches
+from tartvg.policy.kv_cache import DecodeCache, PrefixCache
 from tartvg.policy.loading import ADAPTER, REFERENCE, add_adapter, load_adapter, load_base, new_adapter
 from tartvg.policy.packed import packed_states
 from tartvg.policy.prefix_attention import suffix_states
@@ -94,6 +96,7 @@ class Policy(torch.nn.Module):
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError("the policy has no trainable parameter: the adapter was loaded frozen")
         self._core: list[Any] = [self.model.get_base_model()]  # in a list: a module must not be registered twice
+        self.family = family_of(base.config.model_type)
         self.cache = FeatureCache(settings.feature_cache_gib)
         self.disk = self._disk_cache()
         self.clips = ClipReader()
@@ -101,11 +104,10 @@ class Policy(torch.nn.Module):
         self.ban(never_sampled(self.tokenizer))
         self.end_id = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
         self.end_ids = {self.end_id, int(self.tokenizer.convert_tokens_to_ids("<|endoftext|>"))}
-        self.tokens_per_second = float(self.core.config.vision_config.tokens_per_second)
 
     @property
     def core(self) -> Any:
-        """The Qwen2.5-VL model with the LoRA layers inside."""
+        """The base model with the LoRA layers inside."""
         return self._core[0]
 
     @property
@@ -133,10 +135,15 @@ class Policy(torch.nn.Module):
     def prepare(self, prompt: Prompt, clip: Clip | None = None) -> PreparedPrompt:
         """Decode the video (unless `clip` brings it), encode it once, tokenise. Raises VideoError."""
         video = self._video(prompt.sample.video, clip)
-        inputs = encode_prompt(
-            self.tokenizer, prompt.text, video.grid_thw, video.seconds_per_grid, self.tokens_per_second
-        )
-        return PreparedPrompt(prompt, inputs, video)
+        return PreparedPrompt(prompt, self.encode_prompt(prompt.text, video), video)
+
+    def encode_prompt(self, text: str, video: VideoFeatures) -> PromptInputs:
+        """Ids and positions of a prompt around a video, of which only shape and times count."""
+        return self.family.encode_prompt(self.tokenizer, text, video, self.core.config, self.settings)
+
+    def read(self, path: Path) -> Clip:
+        """The clip of a file in the family's sizes. Raises VideoError."""
+        return self.clips.read(path, self.settings.frames, self.family.patch_form.side)
 
     @torch.no_grad()
     def _video(self, path: Path, clip: Clip | None) -> VideoFeatures:
@@ -145,13 +152,17 @@ class Policy(torch.nn.Module):
             return known
         if clip is None:
             with self.timer("decode"):
-                clip = self.clips.read(path, self.settings.frames)
+                clip = self.read(path)
         with self.timer("vision"):
-            video = clip_patches(clip)
-            facts = (video.grid_thw, video.seconds_per_grid, clip.duration)
+            video = clip_patches(clip, self.family.patch_form)
+            nothing = torch.empty(0, device=self.device)
+            features = VideoFeatures(
+                nothing, video.grid_thw, video.seconds_per_grid, clip.duration, video.patches, stamps=video.stamps
+            )
             if self.is_tower_trainable:
-                return VideoFeatures(torch.empty(0, device=self.device), *facts, patches=video.patches)
-            features = VideoFeatures(self._encode(video.patches, video.grid_thw).detach(), *facts)
+                return features
+            embeddings, *deepstack = (x.detach() for x in self._encode(video.patches, video.grid_thw))
+            features = replace(features, embeddings=embeddings, deepstack=tuple(deepstack), patches=None)
         if key is not None:
             self.cache.put(key, features)
             if self.disk is not None:
@@ -174,7 +185,7 @@ class Policy(torch.nn.Module):
         known = self.cache.get(key)
         if known is None and key is not None and self.disk is not None and (known := self.disk.get(key)) is not None:
             self.cache.put(key, known)
-        return None if known is None else replace(known, embeddings=known.embeddings.to(self.device))
+        return None if known is None else known.mapped(lambda features: features.to(self.device))
 
     def _disk_cache(self) -> DiskCache | None:
         if self.is_tower_trainable:
@@ -187,29 +198,35 @@ class Policy(torch.nn.Module):
         """Whether an update changes what the vision tower sees."""
         return any(p.requires_grad for p in self.core.model.visual.parameters())
 
-    def _encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
-        """Run the vision tower once: (N, 1176) -> (video tokens, hidden)."""
+    def _encode(self, patches: Tensor, grid_thw: tuple[int, int, int]) -> tuple[Tensor, ...]:
+        """Run the vision tower once: patches (N, width) -> features, each (video tokens, hidden)."""
         grid = torch.tensor([grid_thw], device=self.device)
-        return torch.cat(tuple(self.core.model.get_video_features(patches.to(self.device), grid).pooler_output))
+        return self.family.encode_video(self.core.model, patches.to(self.device), grid)
 
-    def _embed_prompt(self, prepared: PreparedPrompt) -> Tensor:
+    def _embed_prompt(self, prepared: PreparedPrompt) -> tuple[Tensor, DeepStack]:
+        """Embeddings of the prompt, (1, S, hidden), and what the decoder's first layers add to it."""
         ids, is_video = prepared.inputs.ids.to(self.device), prepared.inputs.is_video.to(self.device)
         video = prepared.video
-        seen = video.embeddings if video.patches is None else self._encode(video.patches, video.grid_thw)
+        features = (video.embeddings, *video.deepstack)
+        if video.patches is not None:
+            features = self._encode(video.patches, video.grid_thw)
         embeddings = self.language_model.embed_tokens(ids).clone()
-        embeddings[is_video] = seen.to(embeddings)
-        return embeddings[None]
+        embeddings[is_video] = features[0].to(embeddings)
+        if not features[1:]:
+            return embeddings[None], DeepStack(ids[:0], ())
+        return embeddings[None], DeepStack(prepared.inputs.is_video.nonzero()[:, 0].to(self.device), features[1:])
 
     def _prefill(self, prepared: PreparedPrompt) -> tuple[PrefixCache, Tensor]:
         """Run one prompt. Returns its cache and the last token's hidden state, (1, 1, hidden)."""
-        prefix = PrefixCache()
-        out = self.language_model(
-            inputs_embeds=self._embed_prompt(prepared),
-            position_ids=prepared.inputs.positions[:, None].to(self.device),
-            attention_mask=CAUSAL,
-            past_key_values=prefix,
-            use_cache=True,
-        )
+        prefix, (embeddings, deepstack) = PrefixCache(), self._embed_prompt(prepared)
+        with deepstack.inside(self.language_model):
+            out = self.language_model(
+                inputs_embeds=embeddings,
+                position_ids=prepared.inputs.positions[:, None].to(self.device),
+                attention_mask=None,
+                past_key_values=prefix,
+                use_cache=True,
+            )
         return prefix, out.last_hidden_state[:, -1:]
 
     # -- sampling ----------------------------------------------------------------------------------------------------
@@ -313,9 +330,11 @@ class Policy(torch.nn.Module):
         rows = self.language_model.embed_tokens(tokens.ids[:, :-1])
         steps = prepared.inputs.next_position + torch.arange(length - 1, device=self.device)
         if self.is_checkpointed(prepared.inputs.length, tokens.ids.numel()):
-            prompt, positions = self._embed_prompt(prepared), prepared.inputs.positions.to(self.device)
+            (prompt, deepstack), positions = self._embed_prompt(prepared), prepared.inputs.positions.to(self.device)
             name, is_reentrant = self.settings.attention, self.lockstep_head_calls > 0
-            last, states = packed_states(self.language_model, prompt, positions, rows, steps, name, is_reentrant)
+            last, states = packed_states(
+                self.language_model, prompt, deepstack, positions, rows, steps, name, is_reentrant
+            )  # fmt: skip
             return torch.cat([last.expand(group, -1, -1), states], dim=1)
         prefix, last = self._prefill(prepared)
         last = last.expand(group, -1, -1)
@@ -335,16 +354,18 @@ class Policy(torch.nn.Module):
         """Compute the same states from G whole sequences, without any cache."""
         group, length = tokens.ids.shape
         new = length - 1
-        before = self._embed_prompt(prepared).expand(group, -1, -1)
+        prompt, deepstack = self._embed_prompt(prepared)
+        before = prompt.expand(group, -1, -1)
         after = self.language_model.embed_tokens(tokens.ids[:, :new])
         steps = prepared.inputs.next_position + torch.arange(new, device=self.device)
         positions = torch.cat([prepared.inputs.positions.to(self.device), steps.expand(3, -1)], dim=1)
-        out = self.language_model(
-            inputs_embeds=torch.cat([before, after], dim=1),
-            position_ids=positions[:, None].expand(-1, group, -1),
-            attention_mask=CAUSAL,
-            use_cache=False,
-        )
+        with deepstack.inside(self.language_model):
+            out = self.language_model(
+                inputs_embeds=torch.cat([before, after], dim=1),
+                position_ids=positions[:, None].expand(-1, group, -1),
+                attention_mask=None,
+                use_cache=False,
+            )
         return out.last_hidden_state[:, -length:]
 
     # -- adapters ----------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tartvg.policy.kv_cache import CAUSAL, ExpandedCache, PrefixCache, attending_by
+from tartvg.policy.kv_cache import ExpandedCache, PrefixCache, attending_by
 
 PREFIX_ATTENTION = "tartvg_prefix"
 
@@ -255,7 +255,7 @@ def suffix_states(language_model: Any, rows: Tensor, steps: Tensor, prefix: Pref
             out = language_model(
                 inputs_embeds=rows,
                 position_ids=positions,
-                attention_mask=CAUSAL,
+                attention_mask=None,
                 use_cache=False,
                 prefix=prefix,
             )
@@ -263,7 +263,7 @@ def suffix_states(language_model: Any, rows: Tensor, steps: Tensor, prefix: Pref
         out = language_model(
             inputs_embeds=rows,
             position_ids=positions,
-            attention_mask={"full_attention": suffix_mask(prefix.get_seq_length(), len(steps), attention, rows.device)},
+            attention_mask=suffix_mask(prefix.get_seq_length(), len(steps), attention, rows.device),
             past_key_values=ExpandedCache(prefix),
             use_cache=True,
         )

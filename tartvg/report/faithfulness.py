@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tartvg.evaluation.faithfulness import SHIFT_S
 from tartvg.report.runs import of_targets
 from tartvg.report.tables import DASH, Cell, Table, percent
 
-WORDS = {"shuffled": "frames shuffled", "other": "another video"}
+WORDS = {"shuffled": "frames shuffled", "other": "another video", "shifted_stamps": f"stamps + {SHIFT_S:g} s"}
 
 
 def read_controls(run_dir: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -26,19 +27,30 @@ def controls_table(run_dir: Path) -> Table | None:
         return None
     columns = ["Policy", "mIoU, true video"]
     for kind in kinds:
-        columns += [f"mIoU, {WORDS[kind]}", f"same times, {WORDS[kind]}", f"changed, {WORDS[kind]}"]
+        columns += [f"{what}, {WORDS[kind]}" for what, _ in _values_of(kind)]
     rows = []
     for target, summary in found.items():
         row = [Cell(target), _share(next(iter(summary.values()), {}), "real_miou")]
         for kind in kinds:
             values = summary.get(kind, {})
-            row += [_share(values, name) for name in ("control_miou", "agreement", "changed_rate")]
+            row += [_share(values, name) for _, name in _values_of(kind)]
         rows.append(tuple(row))
     note = (
         "In percent, greedy answers. Same times: mean IoU of anchors and answers to the true video with those to the "
         "control; 100 means that the policy does not look. Changed: share of answers with any other time."
     )
+    if "shifted_stamps" in kinds:
+        note += (
+            f" With all stamps {SHIFT_S:g} s later the truth is as much later. Moved along: mean IoU with the times of "
+            "the true video moved; 100 means that the policy reads the stamps."
+        )
     return Table("Does the policy look at the video?", tuple(columns), tuple(rows), note)
+
+
+def _values_of(kind: str) -> list[tuple[str, str]]:
+    """Titles and names of a control's numbers."""
+    values = [("mIoU", "control_miou"), ("same times", "agreement"), ("changed", "changed_rate")]
+    return [*values, ("moved along", "followed")] if kind == "shifted_stamps" else values
 
 
 def _share(values: dict[str, Any], name: str) -> Cell:

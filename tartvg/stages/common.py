@@ -15,7 +15,7 @@ from tartvg.data.clips import DECODERS, ClipReader
 from tartvg.data.datasets import load_samples
 from tartvg.launch.terminal import warn_once
 from tartvg.policy.features import FeatureCache
-from tartvg.policy.loading import EMBEDDED_TINY, base_path, check_adapter
+from tartvg.policy.loading import EMBEDDED, base_path, check_adapter
 from tartvg.policy.policy import Policy
 from tartvg.prompts import build_prompt
 from tartvg.records import read_jsonl, write_jsonl
@@ -127,7 +127,7 @@ def clip_reader(config: Config) -> ClipReader:
 def base_identity(config: Config) -> str:
     """Identify the base model, whose files have been checked."""
     settings = config.policy
-    if settings.path == EMBEDDED_TINY or Path(settings.path).is_dir():
+    if settings.path.startswith(EMBEDDED) or Path(settings.path).is_dir():
         return fingerprint(Path(base_path(settings)))
     return f"{settings.path}@{settings.revision}"
 

@@ -12,9 +12,9 @@ from typing import Any
 from tartvg.config import Config, ControlName, SamplingConfig, policy_label
 from tartvg.data.video import Clip, VideoError
 from tartvg.evaluation.answers import prediction
-from tartvg.evaluation.faithfulness import Pair, Said, compare
+from tartvg.evaluation.faithfulness import SHIFT_S, Pair, Said, compare, moved
 from tartvg.evaluation.score import answer_iou
-from tartvg.policy.controls import shuffled
+from tartvg.policy.controls import shuffled, with_shifted_stamps
 from tartvg.policy.policy import Policy, PreparedPrompt
 from tartvg.policy.sampling import greedy
 from tartvg.records import prediction_from_json, read_jsonl, to_json, write_atomic, write_jsonl
@@ -51,11 +51,14 @@ def _control(config: Config, target: str, label: str) -> None:
         policy = load_policy(config, adapter_of(config, target)).eval()
         summary = {}
         for kind in config.faithfulness.kinds:
+            if kind is ControlName.shifted_stamps and not policy.family.is_time_text:
+                print(f"controls: shifted_stamps is left out: {policy.family.title} writes no times into its prompt")
+                continue
             path = output.folder / f"{kind.value}.jsonl"
             if not path.exists():  # whole or not there
                 write_jsonl(path, _ask(policy, prompts, kind, config))
             answers = [prediction_from_json(row) for row in read_jsonl(path)]
-            summary[kind.value] = summarise(real, answers)
+            summary[kind.value] = summarise(real, answers, SHIFT_S if kind is ControlName.shifted_stamps else None)
         write_atomic(output.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         _track(config, output.folder, label, summary)
 
@@ -65,22 +68,30 @@ def key_of(config: Config, source: Path) -> dict[str, Any]:
     return {**settings_of(config, "faithfulness"), "predictions": fingerprint(source)}
 
 
-def summarise(real: dict[str, Prediction], answers: Sequence[Prediction]) -> dict[str, float | int | None]:
+def summarise(
+    real: dict[str, Prediction], answers: Sequence[Prediction], shift_s: float | None = None
+) -> dict[str, float | int | None]:
     """Agreement of true and control answers, and what each of them is worth against the truth (mean IoU).
 
-    `agreement` and `changed_rate` are None when no answer holds a time, the two mIoUs when no query has a truth.
+    `agreement` and `changed_rate` are None when no answer holds a time, the two mIoUs when no query has a truth. Where
+    the control tells all times `shift_s` later, its truth is as much later, and so should its answers be: `followed` is
+    their agreement with the true answers moved.
     """
     twins = [real[p.sample_id] for p in answers]
-    found = compare(
-        [Pair(Said(a.anchors, a.answer), Said(b.anchors, b.answer)) for a, b in zip(twins, answers, strict=True)]
-    )
-    return {
+    said = [(Said(a.anchors, a.answer), Said(b.anchors, b.answer)) for a, b in zip(twins, answers, strict=True)]
+    found = compare([Pair(a, b) for a, b in said])
+    truth = [tuple(moved(window, shift_s or 0.0) for window in p.windows) for p in answers]
+    summary = {
         "num_queries": len(answers),
         "agreement": None if found is None else found.agreement,
         "changed_rate": None if found is None else found.changed_rate,
         "real_miou": _miou(twins),
-        "control_miou": _miou(answers),
+        "control_miou": _miou([replace(p, windows=windows) for p, windows in zip(answers, truth, strict=True)]),
     }
+    if shift_s is None:
+        return summary
+    following = compare([Pair(a.later(shift_s), b) for a, b in said])
+    return summary | {"followed": None if following is None else following.agreement}
 
 
 def _miou(predictions: Sequence[Prediction]) -> float | None:
@@ -92,7 +103,7 @@ def _miou(predictions: Sequence[Prediction]) -> float | None:
 def _ask(policy: Policy, prompts: Sequence[Prompt], kind: ControlName, config: Config) -> list[Prediction]:
     limits = greedy(SamplingConfig(max_new_tokens=config.grpo.sampling.max_new_tokens))
     own = videos_of(prompts)
-    shown = own if kind is ControlName.shuffled else other_videos(own)
+    shown = other_videos(own) if kind is ControlName.other else own
     batches = split(list(zip(prompts, shown, strict=True)), config.evaluate.batch_size)
     found: list[Prediction] = []
     for batch, clips in clips_ahead(batches, lambda b: [v for _, v in b], policy, config.trainer.num_workers):
@@ -118,6 +129,8 @@ def _wrong(policy: Policy, prompt: Prompt, video: Path, kind: ControlName, clip:
     try:
         if kind is ControlName.shuffled:
             return shuffled(policy.prepare(prompt, clip))
+        if kind is ControlName.shifted_stamps:
+            return with_shifted_stamps(policy, policy.prepare(prompt, clip), SHIFT_S)
         if video == prompt.sample.video:
             return None
         return policy.prepare(replace(prompt, sample=replace(prompt.sample, video=video)), clip)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tartvg.config import Config, SettingError, policy_label
-from tartvg.policy.loading import base_folder
+from tartvg.policy.loading import base_folder, family_in
 from tartvg.policy.merging import merge, write_usage
 from tartvg.policy.policy import Policy, PreparedPrompt, token_batch
 from tartvg.policy.torch_setup import set_up_torch
@@ -82,6 +82,11 @@ def _evaluations(config: Config, adapter: Path) -> list[tuple[str, Path]]:
 
 
 def _export(config: Config, adapter: Path, target: Path) -> None:
+    family = family_in(base_folder(config.policy), f"policy.path={config.policy.path}")
+    if family.script is None:
+        raise SettingError(
+            f"stage=export: how a merged {family.title} is asked is not written yet: use base and adapter side by side"
+        )
     asked = _asked(config)
     policy = load_policy(config, adapter).eval()  # first: what cannot be loaded is refused before anything is written
     said = _answers(policy, asked, config)

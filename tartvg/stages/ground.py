@@ -9,7 +9,7 @@ from tartvg.config import Config, SettingError
 from tartvg.data.clips import decode_isolated
 from tartvg.data.packets import VideoError
 from tartvg.policy.asking import ask
-from tartvg.policy.loading import checked_base
+from tartvg.policy.loading import checked_base, family_in
 from tartvg.policy.model_files import ADAPTER_FILE
 from tartvg.policy.torch_setup import set_up_torch
 from tartvg.report.strips import film_strip
@@ -35,10 +35,10 @@ def run_ground(config: Config) -> None:
     """Print anchors and answer, and write `<run>/ground/<video>_<query>.png`."""
     assert config.video is not None and config.query is not None
     set_up_torch(config.trainer)
-    checked_base(config.policy)
+    base, _ = checked_base(config.policy)
     video = Path(config.video)
     try:
-        clip = decode_isolated(video, config.policy.frames)
+        clip = decode_isolated(video, config.policy.frames, family_in(base, str(base)).patch_form.side)
     except VideoError as error:
         raise SettingError(f"video: {error}") from error
     adapter = trained_adapter(config)

@@ -36,7 +36,7 @@ def clips_ahead(
 
     def read(video: Path) -> Clip | None:
         try:
-            return policy.clips.read(video, policy.settings.frames)
+            return policy.read(video)
         except VideoError:
             return None  # the policy finds it on the list of the run and reports it
 

@@ -79,6 +79,23 @@ def test_a_summary_compares_truth_and_control_and_becomes_metrics_and_a_table(tm
     ]
 
 
+def test_answers_to_later_stamps_must_be_as_much_later(tmp_path):
+    """One that follows, one that counts steps: moved back the first is as good as before, the second is not."""
+    real = {name: prediction(name, Span(0, 10)) for name in "ab"}
+    summary = summarise(real, [prediction("a", Span(5, 15)), prediction("b", Span(0, 10))], 5.0)
+    third = pytest.approx((1 + 1 / 3) / 2)
+    assert summary == {
+        "num_queries": 2, "agreement": third, "changed_rate": 0.5, "real_miou": 1.0, "control_miou": third,
+        "followed": third,
+    }  # fmt: skip
+    folder = tmp_path / "controls" / "base"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps({"shifted_stamps": summary}))
+    table = controls_table(tmp_path)
+    assert table.columns[-1] == "moved along, stamps + 5 s" and "5 s later" in table.note
+    assert [cell.text for cell in table.rows[0]] == ["base", "100.0", "66.7", "66.7", "50.0", "66.7"]
+
+
 @pytest.fixture(scope="module")
 def prepared(untrained_base, planted_root):
     from tartvg.data.planted import load_planted
@@ -126,8 +143,9 @@ def test_an_evaluation_is_followed_by_its_controls_once(small, untrained_base, r
     command = [
         *watched(small), "stage=evaluate", "evaluate.policies=[base]", f"policy.path={untrained_base}",
         "grpo.sampling.max_new_tokens=16", f"runs_dir={tmp_path}", "name=r", "faithfulness.num_queries=5",
+        "faithfulness.kinds=[shuffled,other,shifted_stamps]",
     ]  # fmt: skip
-    run_command(*command)
+    assert "shifted_stamps is left out: Qwen2.5-VL" in run_command(*command).stdout
     folder = tmp_path / "r/controls/base"
     summary = json.loads((folder / "summary.json").read_text())
     assert {kind: values["num_queries"] for kind, values in summary.items()} == {"shuffled": 5, "other": 5}

@@ -1,6 +1,7 @@
 """The benchmark itself: its arithmetic, its counters against numbers by hand, and that every way does the same work."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,12 +15,13 @@ from experiments.efficiency.bench.memory import measure
 from experiments.efficiency.bench.phases import PHASES, measure_phases, phase_table, write_video
 from experiments.efficiency.bench.questions import Bench
 from experiments.efficiency.bench.ratios import Timing, in_turns, own_share, table, token_ratio
-from experiments.efficiency.bench.shapes import Shape, make_prompt
+from experiments.efficiency.bench.shapes import BASES, Shape, make_prompt, make_tokens
 from experiments.efficiency.bench.ways import (
     NAIVE,
     SAVING,
     SHARED,
     VISION_ONCE,
+    Group,
     accumulate,
     gradient,
     learn,
@@ -27,6 +29,7 @@ from experiments.efficiency.bench.ways import (
     reference,
     rollouts,
     see,
+    spread_advantages,
     update,
 )
 
@@ -72,7 +75,7 @@ def test_a_table():
 def test_prompts_have_exactly_their_length(policy, length, steps):
     item, clip = make_prompt(policy, length, steps)
     assert item.inputs.length == length == item.inputs.positions.shape[1]
-    assert int(item.inputs.is_video.sum()) == clip.num_tokens == len(item.video.embeddings) > length // 3
+    assert int(item.inputs.is_video.sum()) == item.video.num_tokens == len(item.video.embeddings) > length // 3
     assert clip.grid_thw[0] == steps
     with pytest.raises(ValueError, match="no room"):
         make_prompt(policy, 40, 20)
@@ -86,6 +89,25 @@ def test_every_way_computes_the_same(policy, group):
         assert (logps - found[NAIVE][0]).abs().max() <= 1e-5
         assert (grads - found[NAIVE][1]).norm() <= 1e-5 * grads.norm()
     assert grads.norm() > 0
+
+
+def test_the_second_family_is_measured_in_the_same_ways(tmp_path):
+    """Prompts of exactly their length, stamps included; all ways agree; the library draws its rollouts."""
+    policy = Bench(tmp_path, repeats=1, shape=replace(TOY, config_of=BASES["tiny3"])).policy()
+    for length, steps in ((80, 1), (160, 7)):
+        item, clip = make_prompt(policy, length, steps)
+        assert item.inputs.length == length and clip.grid_thw[0] == steps
+        assert len(item.video.deepstack) == 2 and len(item.video.deepstack[1]) == int(item.inputs.is_video.sum())
+    tokens = make_tokens(policy, item, G, C)
+    group = Group(item, clip, tokens, spread_advantages(G, policy.device))
+    found = {
+        w: (learn(policy, group, w, reference(policy, group, w)), gradient(policy)) for w in (NAIVE, SHARED, SAVING)
+    }
+    for logps, grads in found.values():
+        assert (logps - found[NAIVE][0]).abs().max() <= 1e-5
+        assert (grads - found[NAIVE][1]).norm() <= 1e-5 * grads.norm()
+    for call in rollouts(policy, item, clip, 2, 3).values():
+        call()
 
 
 def test_rows_add_up_to_their_group(policy, group):

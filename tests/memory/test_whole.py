@@ -96,9 +96,9 @@ def test_the_policy_follows_the_rule(policy, prompts, monkeypatch):
 def noted(seen):
     from tartvg.policy.packed import packed_states
 
-    def noting(language_model, prompt, positions, rows, *rest):
+    def noting(language_model, prompt, deepstack, positions, rows, *rest):
         seen.append(len(rows))
-        return packed_states(language_model, prompt, positions, rows, *rest)
+        return packed_states(language_model, prompt, deepstack, positions, rows, *rest)
 
     return noting
 

@@ -9,7 +9,6 @@ from tartvg.config import PolicyConfig, Precision, SamplingConfig
 from tartvg.policy import decode_attention
 from tartvg.policy.decode_attention import part_of, plain_part, shared_prefix_attention
 from tartvg.policy.features import VideoFeatures
-from tartvg.policy.inputs import encode_prompt
 from tartvg.policy.kv_cache import DecodeCache, PrefixCache
 from tartvg.policy.policy import Policy, PreparedPrompt, token_batch
 
@@ -142,7 +141,7 @@ def test_the_sampler_in_bf16_is_the_policy_that_trains():
     torch.manual_seed(1)
     features = VideoFeatures(0.5 * torch.randn(160, policy.language_model.config.hidden_size), (40, 4, 4), 1.0, 40.0)
     text = 'When does "a red square enters" happen in the video?'
-    inputs = encode_prompt(policy.tokenizer, text, features.grid_thw, 1.0, policy.tokens_per_second)
+    inputs = policy.encode_prompt(text, features)
     item = PreparedPrompt(None, inputs, features)
     tokens = token_batch(policy.sample([item], 16, SamplingConfig(max_new_tokens=48), [0])[0], policy.device)
     with torch.no_grad():

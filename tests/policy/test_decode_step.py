@@ -14,7 +14,7 @@ from tartvg.memory.footprint import ShapePolicy, model_config
 from tartvg.policy import decoding
 from tartvg.policy.decode_layers import DecodePass
 from tartvg.policy.decoding import Decoding, Pace, Rows
-from tartvg.policy.kv_cache import CAUSAL, DecodeCache, PrefixCache
+from tartvg.policy.kv_cache import DecodeCache, PrefixCache
 from tartvg.policy.loading import save_adapter
 from tartvg.policy.policy import Policy
 from tartvg.policy.sampling import draw, greedy, restrict
@@ -90,7 +90,7 @@ def plain_group(policy, item, group, limits, seed):
         hidden = policy.language_model(
             inputs_embeds=policy.language_model.embed_tokens(chosen)[:, None],
             position_ids=torch.full((3, group, 1), item.inputs.next_position + step),
-            attention_mask=CAUSAL, past_key_values=cache, use_cache=True,
+            attention_mask={"full_attention": None}, past_key_values=cache, use_cache=True,
         ).last_hidden_state  # fmt: skip
     return said
 

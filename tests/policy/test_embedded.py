@@ -1,4 +1,4 @@
-"""The base that ships: small, safe, loaded like any other, and as careless as it is said to be."""
+"""The bases that ship: small, safe, loaded like any other, and as careless as they are said to be."""
 
 import json
 
@@ -7,20 +7,25 @@ import pytest
 from experiments.tiny_base.model import SPECIAL_TOKENS
 from tartvg.policy.loading import embedded_path
 
+BASES = ["tiny", "tiny3"]
 
-def test_it_is_small_and_holds_no_pickle():
-    files = [p for p in embedded_path().iterdir() if p.is_file()]
+
+@pytest.mark.parametrize("base", BASES)
+def test_it_is_small_and_holds_no_pickle(base):
+    files = [p for p in embedded_path(base).iterdir() if p.is_file()]
     names = {p.name for p in files}
     assert {"model.safetensors", "config.json", "tokenizer.json", "generation_config.json"} <= names
     assert sum(p.stat().st_size for p in files) < 5 * 2**20
     assert not [n for n in names if n.endswith((".bin", ".pt", ".pkl", ".py"))]
 
 
-def test_it_is_a_qwen_with_qwens_special_tokens():
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+@pytest.mark.parametrize("base", BASES)
+def test_it_is_a_qwen_with_qwens_special_tokens(base):
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(embedded_path())
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(embedded_path())
+    tokenizer = AutoTokenizer.from_pretrained(embedded_path(base))
+    model = AutoModelForImageTextToText.from_pretrained(embedded_path(base))
+    assert model.config.model_type == {"tiny": "qwen2_5_vl", "tiny3": "qwen3_vl"}[base]
     assert 1_000_000 <= sum(p.numel() for p in model.parameters()) <= 2_000_000
     assert all(tokenizer.encode(t, add_special_tokens=False).__len__() == 1 for t in SPECIAL_TOKENS)
     assert model.config.video_token_id == tokenizer.convert_tokens_to_ids("<|video_pad|>")

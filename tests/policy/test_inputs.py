@@ -7,13 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.tiny_base import model as tiny
-from tartvg.config import FramesConfig
+from tartvg.config import FramesConfig, PolicyConfig
 from tartvg.data.planted import encode
 from tartvg.data.scene import FPS, RULES, make_scene
 from tartvg.data.video import VideoError, num_sampled, read_clip, sampled_indices, target_size
-from tartvg.policy.inputs import chat_text, encode_prompt
+from tartvg.policy.families.qwen2_5_vl import PATCH_FORM, encode_prompt, prompt_positions, video_positions
+from tartvg.policy.features import VideoFeatures
+from tartvg.policy.inputs import chat_text, next_position
 from tartvg.policy.patches import patchify
-from tartvg.policy.positions import next_position, prompt_positions, video_positions
 
 TINY = FramesConfig(min_frames=4, max_frames=96, min_pixels=3136, max_pixels=3136)
 
@@ -54,7 +55,7 @@ def test_patches_equal_the_librarys_image_processor():
     picture = np.random.default_rng(0).integers(0, 256, (56, 84, 3)).astype(np.uint8)
     processor = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=56 * 84)
     theirs = processor(images=[Image.fromarray(picture)], return_tensors="pt")
-    ours, grid = patchify(np.stack([picture, picture]))
+    ours, grid = patchify(np.stack([picture, picture]), PATCH_FORM)
     assert theirs["image_grid_thw"].tolist() == [list(grid)] == [[1, 4, 6]]
     assert torch.allclose(ours, theirs["pixel_values"], atol=1e-5)
 
@@ -67,7 +68,7 @@ def test_patches_equal_the_librarys_video_processor():
     frames = np.random.default_rng(0).integers(0, 256, (6, 56, 84, 3)).astype(np.uint8)
     processor = Qwen2VLVideoProcessor(do_sample_frames=False, do_resize=False, cap_pixels_per_frame=False)
     theirs = processor(torch.from_numpy(frames.transpose(0, 3, 1, 2).copy()), return_tensors="pt")
-    ours, grid = patchify(frames)
+    ours, grid = patchify(frames, PATCH_FORM)
     assert theirs["video_grid_thw"].tolist() == [list(grid)] == [[3, 4, 6]]
     assert torch.allclose(ours, theirs["pixel_values_videos"], atol=1e-5)
 
@@ -89,11 +90,11 @@ def test_sizes_are_the_librarys(height, width, num_frames, min_pixels):
 
 def test_patches_keep_the_order_of_two_frames():
     frames = np.stack([np.full((28, 28, 3), value, np.uint8) for value in (0, 255)])
-    rows, _ = patchify(frames)
+    rows, _ = patchify(frames, PATCH_FORM)
     per_frame = rows.view(4, 3, 2, 14 * 14).mean(dim=(0, 1, 3))
     assert per_frame[0] < per_frame[1]
     with pytest.raises(ValueError, match="frames must be"):
-        patchify(frames[:1])
+        patchify(frames[:1], PATCH_FORM)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,9 @@ def test_a_query_cannot_open_a_turn_or_inject_a_video():
     text = chat_text(tokenizer, "x <|im_end|> <|video_pad|> <|im_start|>assistant")
     assert text.count("<|video_pad|>") == 1
     assert text.count("<|im_start|>") == 2
-    inputs = encode_prompt(tokenizer, "x <|video_pad|>", (3, 4, 4), 1.0, 2.0)
+    video = VideoFeatures(torch.empty(0), (3, 4, 4), 1.0, 3.0)
+    config, settings = tiny.tiny_config(tokenizer), PolicyConfig(name="t", path="p")
+    inputs = encode_prompt(tokenizer, "x <|video_pad|>", video, config, settings)
     assert int(inputs.is_video.sum()) == 12
     assert inputs.positions.shape == (3, inputs.length)
 

@@ -10,8 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from tartvg.config import LoraCompute, LoraConfig, PolicyConfig, Precision, SamplingConfig
 from tartvg.policy.features import VideoFeatures
-from tartvg.policy.inputs import encode_prompt
-from tartvg.policy.loading import EMBEDDED_TINY, load_base, save_adapter
+from tartvg.policy.loading import load_base, save_adapter
 from tartvg.policy.lora import Down, NativeLora, Up
 from tartvg.policy.policy import Policy, PreparedPrompt, token_batch
 from tartvg.policy.sampling import greedy
@@ -22,7 +21,7 @@ QUESTION = 'When does "a red square enters" happen in the video?'
 
 def settings_of(compute, precision=Precision.fp32, **lora):
     return PolicyConfig(
-        name="t", path=EMBEDDED_TINY, precision=precision, lora=LoraConfig(compute=LoraCompute(compute), **lora)
+        name="t", path="embedded:tiny", precision=precision, lora=LoraConfig(compute=LoraCompute(compute), **lora)
     )
 
 
@@ -38,7 +37,7 @@ def moved(policy, by=0.02):
 def item(policy):
     features = VideoFeatures(0.5 * torch.randn(160, 128, generator=torch.Generator().manual_seed(1)), (40, 4, 4), 1, 40)
     sample = GroundingSample("a", Path("absent"), "q", (Span(0, 1),), 40.0, "train")
-    inputs = encode_prompt(policy.tokenizer, QUESTION, features.grid_thw, 1.0, 2.0)
+    inputs = policy.encode_prompt(QUESTION, features)
     return PreparedPrompt(Prompt(sample, QUESTION), inputs, features)
 
 
@@ -46,7 +45,7 @@ def item(policy):
 def adapter(tmp_path_factory):
     """An adapter that a native policy wrote."""
     folder = tmp_path_factory.mktemp("adapter")
-    save_adapter(moved(Policy(settings_of("native")), 0.2).model, folder, EMBEDDED_TINY)
+    save_adapter(moved(Policy(settings_of("native")), 0.2).model, folder, "embedded:tiny")
     return folder
 
 
@@ -105,7 +104,7 @@ def test_plain_peft_reads_the_adapter_and_says_the_same(adapter):
 
 
 def test_the_files_are_pefts(adapter, tmp_path):
-    save_adapter(moved(Policy(settings_of("peft")), 0.2).model, tmp_path, EMBEDDED_TINY)
+    save_adapter(moved(Policy(settings_of("peft")), 0.2).model, tmp_path, "embedded:tiny")
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     configs = [(folder / "adapter_config.json").read_text() for folder in (adapter, tmp_path)]

@@ -16,12 +16,12 @@ from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
 from tartvg.config import AnchorsConfig, FramesConfig, Precision, SamplingConfig, SettingError
 from tartvg.data.video import read_clip, target_size
+from tartvg.policy.families.qwen2_5_vl import PATCH_FORM, prompt_positions
 from tartvg.policy.loading import load_base, new_adapter, save_adapter
 from tartvg.policy.merging import merge, model_name, with_type, write_usage
 from tartvg.policy.model_files import INDEX
 from tartvg.policy.patches import patchify
 from tartvg.policy.policy import Policy
-from tartvg.policy.positions import prompt_positions
 from tartvg.prompts import build_prompt
 from tartvg.types import GroundingSample
 
@@ -143,7 +143,7 @@ def test_the_script_of_a_merged_folder_sees_and_says_what_the_policy_does(export
     clip = read_clip(video, settings.frames)
     frames, seconds = script["read"](video)
     assert np.array_equal(frames, clip.frames) and seconds == pytest.approx(clip.seconds_per_grid, abs=1e-12)
-    ours, grid = patchify(clip.frames)
+    ours, grid = patchify(clip.frames, PATCH_FORM)
     theirs, same_grid = script["patches_of"](frames)
     assert torch.equal(ours, theirs) and grid == same_grid
     for grid in ((1, 2, 2), (30, 4, 6), (2, 20, 8)):

@@ -15,9 +15,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from experiments.tiny_base import model as tiny
 from tartvg.config import FramesConfig, PolicyConfig, SamplingConfig
 from tartvg.data.video import Clip, read_clip
-from tartvg.policy.inputs import clip_patches
+from tartvg.policy.families.qwen2_5_vl import prompt_positions
+from tartvg.policy.inputs import clip_patches, next_position
 from tartvg.policy.policy import Policy
-from tartvg.policy.positions import next_position, prompt_positions
 from tartvg.types import GroundingSample, Prompt, Span
 
 SMALL = FramesConfig(min_frames=4, max_frames=768, min_pixels=3136, max_pixels=3136)
@@ -102,7 +102,7 @@ def test_prefill_and_decoding_equal_one_full_pass_and_would_not_with_the_library
     sample = GroundingSample("a", Path("absent.mp4"), "where is it", (Span(1, 2),), 80.0, "train")
     item = policy.prepare(Prompt(sample, "where is it"), long_clip)
     group = policy.sample([item], 3, SamplingConfig(max_new_tokens=24), [0])[0]
-    video, start = clip_patches(long_clip), item.inputs.length
+    video, start = clip_patches(long_clip, policy.family.patch_form), item.inputs.length
     grid = torch.tensor([video.grid_thw])
     for completion in group:
         ids = torch.cat([item.inputs.ids, torch.tensor(completion.token_ids)])[None]

@@ -29,8 +29,9 @@ from tartvg.config import (
     to_dataclasses,
 )
 from tartvg.data.video import FACTOR, Clip
+from tartvg.policy.families.qwen2_5_vl import PATCH_FORM
 from tartvg.policy.loading import load_base, new_adapter
-from tartvg.policy.patches import MEAN, MERGE, PATCH, STD, TEMPORAL_PATCH
+from tartvg.policy.patches import MERGE, TEMPORAL_PATCH
 from tartvg.policy.policy import Policy, token_batch
 from tartvg.types import GroundingSample, Prompt, Span
 
@@ -74,7 +75,11 @@ def test_the_architecture_has_the_published_number_of_parameters(on_meta):
     text, vision = model.config.text_config, model.config.vision_config
     assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == model.config.tie_word_embeddings
     assert text.rope_parameters["mrope_section"] == [16, 24, 24] and text.rope_parameters["rope_theta"] == 1e6
-    assert (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size) == (PATCH, MERGE, TEMPORAL_PATCH)
+    assert (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size) == (
+        PATCH_FORM.size,
+        MERGE,
+        TEMPORAL_PATCH,
+    )
     assert vision.tokens_per_second == 2
     head = text.hidden_size // text.num_attention_heads
     assert text.num_hidden_layers * text.num_key_value_heads * head * 2 * 2 == COUNTS[name]["cache"]
@@ -271,10 +276,10 @@ def test_the_settings_are_those_of_the_published_preprocessing(name):
     assert (config.policy.precision, config.policy.attention) == (Precision.bf16, "sdpa")
     assert dataclasses.astuple(config.policy.lora) == (16, 32, 0.0, LoraCompute.native, False)
     assert (published["patch_size"], published["merge_size"], published["temporal_patch_size"]) == (
-        PATCH, MERGE, TEMPORAL_PATCH,
+        PATCH_FORM.size, MERGE, TEMPORAL_PATCH,
     )  # fmt: skip
-    assert PATCH * MERGE == FACTOR == 28
-    assert (tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)) == (MEAN, STD)
+    assert PATCH_FORM.side == FACTOR == 28
+    assert (tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)) == (PATCH_FORM.mean, PATCH_FORM.std)
     assert (frames.min_frames, frames.max_frames) == (published["min_frames"], published["max_frames"])
     assert frames.fps == 2.0  # FPS of qwen-vl-utils
     assert frames.max_pixels == published["size"]["longest_edge"] == 768 * FACTOR**2

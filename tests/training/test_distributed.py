@@ -48,6 +48,19 @@ def test_two_processes_run_the_whole_method_like_one(strategy, shared, alone, ru
     assert json.loads((run / "evaluate/grpo2/manifest.json").read_text())["finished"]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_a_base_with_deepstack_trains_like_one(strategy, shared, run_command, tmp_path):
+    """Its features are added to the decoder's states from outside its layers; once with layers that run again."""
+    common = [
+        "policy=tiny3", "grpo.max_steps=2", "grpo.lr=1e-4", "stage=grpo1", f"runs_dir={tmp_path}",
+        f"policy.activation_checkpointing={str(strategy == 'zero3').lower()}",
+    ]  # fmt: skip
+    run_command(*shared, *common, "trainer=cpu", "trainer.num_threads=1", "name=one")
+    run_command(*trainer(strategy, shared), *common, "name=two")
+    assert said(tmp_path / "one/grpo1/rollouts.jsonl") == said(tmp_path / "two/grpo1/rollouts.jsonl")
+    assert_same_training(strategy, tmp_path / "one", tmp_path / "two")
+
+
 def test_adapters_in_the_compute_type_train_like_one(shared, run_command, tmp_path):
     """Their matrices are split under ZeRO-3, and gathered when the layer calls them."""
     common = ["policy.lora.compute=native", "stage=grpo1", f"runs_dir={tmp_path}"]

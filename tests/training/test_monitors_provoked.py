@@ -23,7 +23,6 @@ from tartvg.config import (
     TrainerConfig,
 )
 from tartvg.data.planted import load_planted
-from tartvg.policy.loading import EMBEDDED_TINY
 from tartvg.policy.policy import Policy
 from tartvg.prompts import build_prompt
 from tartvg.rewards import Rubric
@@ -60,7 +59,7 @@ def prompts(planted_root):
 @pytest.fixture
 def policy():
     frames = FramesConfig(min_frames=4, max_frames=64, min_pixels=3136, max_pixels=3136, total_pixels=401408)
-    return Policy(PolicyConfig(name="tiny", path=EMBEDDED_TINY, frames=frames), seed=0)
+    return Policy(PolicyConfig(name="tiny", path="embedded:tiny", frames=frames), seed=0)
 
 
 @pytest.fixture

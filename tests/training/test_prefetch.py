@@ -99,8 +99,8 @@ class CountingReader(ClipReader):
         super().__init__()
         self.clips: list[weakref.ref] = []
 
-    def read(self, path, settings):
-        clip = super().read(path, settings)
+    def read(self, path, settings, side):
+        clip = super().read(path, settings, side)
         self.clips.append(weakref.ref(clip))
         return clip
 

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from experiments.efficiency.bench.first_hour import first_hour
 from experiments.efficiency.bench.gpu import measure_gpu
 from experiments.efficiency.bench.plot import draw
 from experiments.efficiency.bench.questions import Bench, ask_memory, ask_phases, ask_rollout, ask_sweep, ask_update
-from experiments.efficiency.bench.shapes import SMALL, SMALLER
+from experiments.efficiency.bench.shapes import BASES, SMALL, SMALLER
 from tartvg.policy.torch_setup import keep_freed_memory
 from tartvg.records import write_atomic
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="measured turns of each call")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="CPU threads of torch")
     parser.add_argument("--hidden", type=int, choices=SHAPES, default=SMALL.hidden, help="width of the model")
+    parser.add_argument("--base", choices=BASES, default="tiny", help="family of the model: tiny3 is Qwen3-VL")
     parser.add_argument("--device", help="where it runs (default: cpu; of gpu and first_hour: cuda)")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -48,7 +50,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(arguments.out, arguments.repeats, arguments.device or "cpu", SHAPES[arguments.hidden])
+    shape = replace(SHAPES[arguments.hidden], config_of=BASES[arguments.base])
+    bench = Bench(arguments.out, arguments.repeats, arguments.device or "cpu", shape)
     answers: dict[str, Any] = {"machine": _machine(arguments)}
     print(" · ".join(f"{key} {value}" for key, value in answers["machine"].items()) + "\n")
     for question in arguments.questions or QUESTIONS:
@@ -65,7 +68,8 @@ def _ask(question: str, bench: Bench, accelerator: str) -> dict[str, Any]:
         has_trl = importlib.util.find_spec("trl") is not None
         if not has_trl:
             print("TRL is not installed (pip install 'tartvg[bench]'): the comparison goes without it")
-        return ask_update(bench, with_trl=has_trl)
+        is_compared = has_trl and bench.shape.config_of is BASES["tiny"]  # our engine for it gives images' arguments
+        return ask_update(bench, with_trl=is_compared)
     if question == "first_hour":
         return first_hour(bench.folder, accelerator)
     if question == "gpu":
@@ -81,7 +85,8 @@ def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("torch", "transformers", "peft")
     return {
         "cores": os.cpu_count(), "threads": arguments.threads, "load at the start": round(load, 1),
-        "hidden": arguments.hidden, "processor": platform.machine(), **{name: version(name) for name in names},
+        "hidden": arguments.hidden, "base": arguments.base, "processor": platform.machine(),
+        **{name: version(name) for name in names},
     }  # fmt: skip
 
 

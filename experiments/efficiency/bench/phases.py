@@ -75,10 +75,12 @@ def measure_phases(
     their rollouts with the library's generate(num_return_sequences=G), whose prefill contains one more tower pass.
     """
     sample = GroundingSample("bench", video, "when does it happen", (Span(2, 4),), 60.0, "train")
-    clip = read_clip(video, policy.settings.frames)
+    clip = read_clip(video, policy.settings.frames, policy.family.patch_form.side)
     item = policy.prepare(build_prompt(sample, AnchorsConfig()), clip)
     tokens = make_tokens(policy, item, group_size, completion)
-    group = Group(item, clip_patches(clip), tokens, spread_advantages(group_size, policy.device))
+    group = Group(
+        item, clip_patches(clip, policy.family.patch_form), tokens, spread_advantages(group_size, policy.device)
+    )
     calls = _calls(policy, group, completion)
     times, counts = in_turns(calls, repeats, wait), {name: count(policy, call) for name, call in calls.items()}
     found: dict[str, dict[str, Phase]] = {}
@@ -107,7 +109,7 @@ def _calls(policy: Policy, group: Group, completion: int) -> dict[str, Callable[
             see(policy, clip, size)
 
     calls: dict[str, Callable[[], object]] = {
-        "decode": partial(read_clip, sample.video, policy.settings.frames),
+        "decode": partial(read_clip, sample.video, policy.settings.frames, policy.family.patch_form.side),
         "vision": partial(see, policy, clip, 1),
         "G visions": every_pass_sees_copies,
         "reward": reward,

@@ -140,7 +140,7 @@ def library_rollout(
         attention_mask=torch.ones_like(ids),
         pixel_values_videos=clip.patches.to(policy.device).repeat(rows, 1),
         video_grid_thw=grid,
-        second_per_grid_ts=[clip.seconds_per_grid] * rows,
+        **({} if policy.family.is_time_text else {"second_per_grid_ts": [clip.seconds_per_grid] * rows}),
         mm_token_type_ids=2 * item.inputs.is_video[None].repeat(rows, 1).to(ids),
         num_return_sequences=group // rows,
         do_sample=True,
