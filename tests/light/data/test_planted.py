@@ -178,9 +178,8 @@ def test_habits_have_the_shares_that_they_claim():
 
 
 def test_crops_hold_their_window(tmp_path):
-    footage = lessons.load_footage(
-        tmp_path, PlantedConfig(2, 1, 1, 4), "train", FramesConfig(max_frames=96, min_pixels=3136, max_pixels=3136)
-    )
+    frames = FramesConfig(max_frames=96, min_pixels=3136, max_pixels=3136)
+    footage = lessons.load_footage(tmp_path, PlantedConfig(2, 1, 1, 4), "train", frames, side=28)
     rng = np.random.default_rng(0)
     for item in footage:
         assert item.frames.shape[0] == len(item.seen)
