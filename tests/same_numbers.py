@@ -85,8 +85,10 @@ def parsed(value: object) -> object:
         return [json.loads(line) for line in value.splitlines()]
 
 
-def old_name(setting: str) -> str:
-    """The setting as that checkout calls it."""
+def name_in(checkout: Path, setting: str) -> str:
+    """The setting as that checkout calls it: those before `tartvg/launch` have the old names."""
+    if (checkout / "tartvg/launch").is_dir():
+        return setting
     return next((old + setting[len(new) :] for new, old in RENAMED.items() if setting.startswith(new)), setting)
 
 
@@ -132,10 +134,8 @@ def main() -> int:
         for strategy in options.strategies:
             settings = SETTINGS + ([] if strategy == "cpu" else TWO)
             found = []
-            for label, checkout, names in (
-                ("old", options.old.resolve(), [old_name(s) for s in settings]),
-                ("new", ROOT, settings),
-            ):
+            for label, checkout in (("old", options.old.resolve()), ("new", ROOT)):
+                names = [name_in(checkout, setting) for setting in settings]
                 folder = top / label / strategy
                 done = folder / "r/evaluate/grpo2/scores.json"
                 found.append(results(folder / "r" if done.exists() else run(checkout, strategy, names, folder, data)))

@@ -1,7 +1,7 @@
 """The released Qwen3-VL models: their shapes without memory, and their checkpoint format on a shrunken one.
 
-The 8B's parameter count is that of the released index (17,534,247,392 bytes of bf16); those of 2B and 4B are what public
-repositories print for the loaded models.
+The 8B's parameter count is that of the released index (17,534,247,392 bytes of bf16); those of 2B and 4B are what
+public repositories print for the loaded models.
 """
 
 import ast
