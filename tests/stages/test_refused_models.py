@@ -231,7 +231,7 @@ def test_every_stage_that_loads_a_base_or_an_adapter_refuses_it(copies, train):
     remove(copies / "base", "config.json")
     refused(train("stage=evaluate", f"policy.path={copies}/base", "evaluate.policies=[base]"), "no config.json in this")
     refused(train("stage=memory", f"policy.path={copies}/base"), f"policy.path={copies}/base: no config.json in this")
-    refused(train("stage=memory", "policy.path=/no/where"), "policy.path=/no/where: config.json cannot be used")
+    refused(train("stage=memory", "policy.path=/no/where"), "policy.path=/no/where: there is no such folder")
 
 
 def test_a_machine_without_gpu_is_refused_in_one_line(train, monkeypatch):
