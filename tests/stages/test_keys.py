@@ -339,6 +339,8 @@ def test_what_is_marked_as_without_effect_changes_no_bit(small, untrained_base, 
         "trainer.max_skipped_steps": "2", "trainer.memory_gib": "500", "trainer.progress_bar": "true",
         "tracking.mode": "offline", "tracking.project": "p", "tracking.entity": "e", "tracking.group": "g",
         "tracking.tags": "[t]", "report.runs": "[other]", "report.view": "https://w",
+        "serve.host": "localhost", "serve.port": "7861", "serve.policies": "[base]", "serve.max_megabytes": "1",
+        "serve.max_seconds": "9", "serve.max_characters": "9", "serve.timeout_s": "9", "serve.num_examples": "1",
     }  # fmt: skip
     assert {*other, *WHAT_IS_DONE} == {name for name, effect in EFFECTS.items() if effect is Effect.none}
     given = [o for o in small if o.partition("=")[0] not in other]
