@@ -324,25 +324,32 @@ WHAT_IS_DONE = {"stage.name", "stage.sequence", "video", "query", "experiments",
 """Marked as without effect on a result because they say which one is asked for. The last excludes report.runs."""
 
 
+OTHER = {
+    "name": "other", "runs_dir": "{folder}/elsewhere", "reuse_stages": "true", "overwrite": "true",
+    "policy.name": "mine", "policy.feature_cache_gib": "0", "policy.feature_cache_dir": "{folder}/features",
+    "policy.feature_cache_dir_gib": "1", "policy.frames.timeout_s": "50", "dataset.max_missing_share": "0.5",
+    "evaluate.num_shards": "2", "evaluate.shard": "1",
+    "faithfulness.every": "1", "monitors.watch": "[kl_blowup,non_finite]", "monitors.stop": "[kl_blowup]",
+    "monitors.kl_every": "1", "trainer.timeout_minutes": "9", "trainer.num_workers": "1",
+    "trainer.checkpoint_every": "2", "trainer.checkpoint_minutes": "1e-6", "trainer.checkpoints_kept": "3",
+    "trainer.max_skipped_steps": "2", "trainer.memory_gib": "500", "trainer.progress_bar": "true",
+    "tracking.mode": "offline", "tracking.project": "p", "tracking.entity": "e", "tracking.group": "g",
+    "tracking.tags": "[t]", "report.runs": "[other]", "report.view": "https://w",
+    "serve.host": "localhost", "serve.port": "7861", "serve.policies": "[base]", "serve.max_megabytes": "1",
+    "serve.max_seconds": "9", "serve.max_characters": "9", "serve.timeout_s": "9", "serve.num_examples": "1",
+}  # fmt: skip
+"""Another value of every other such setting; `{folder}` is the test's."""
+
+
+def test_every_setting_without_effect_has_another_value_to_try() -> None:
+    assert {*OTHER, *WHAT_IS_DONE} == {name for name, effect in EFFECTS.items() if effect is Effect.none}
+
+
 @pytest.mark.slow
 @pytest.mark.campaign
 def test_what_is_marked_as_without_effect_changes_no_bit(small, untrained_base, run_command, tmp_path: Path) -> None:
     """All such settings at once have another value: rollouts and adapter of grpo1 are the same to the last bit."""
-    other = {
-        "name": "other", "runs_dir": f"{tmp_path}/elsewhere", "reuse_stages": "true", "overwrite": "true",
-        "policy.name": "mine", "policy.feature_cache_gib": "0", "policy.feature_cache_dir": f"{tmp_path}/features",
-        "policy.feature_cache_dir_gib": "1", "policy.frames.timeout_s": "50", "dataset.max_missing_share": "0.5",
-        "evaluate.num_shards": "2", "evaluate.shard": "1",
-        "faithfulness.every": "1", "monitors.watch": "[kl_blowup,non_finite]", "monitors.stop": "[kl_blowup]",
-        "monitors.kl_every": "1", "trainer.timeout_minutes": "9", "trainer.num_workers": "1",
-        "trainer.checkpoint_every": "2", "trainer.checkpoint_minutes": "1e-6", "trainer.checkpoints_kept": "3",
-        "trainer.max_skipped_steps": "2", "trainer.memory_gib": "500", "trainer.progress_bar": "true",
-        "tracking.mode": "offline", "tracking.project": "p", "tracking.entity": "e", "tracking.group": "g",
-        "tracking.tags": "[t]", "report.runs": "[other]", "report.view": "https://w",
-        "serve.host": "localhost", "serve.port": "7861", "serve.policies": "[base]", "serve.max_megabytes": "1",
-        "serve.max_seconds": "9", "serve.max_characters": "9", "serve.timeout_s": "9", "serve.num_examples": "1",
-    }  # fmt: skip
-    assert {*other, *WHAT_IS_DONE} == {name for name, effect in EFFECTS.items() if effect is Effect.none}
+    other = {name: value.format(folder=tmp_path) for name, value in OTHER.items()}
     given = [o for o in small if o.partition("=")[0] not in other]
     command = [*given, "stage=grpo1", "grpo.max_steps=2", "grpo.sampling.max_new_tokens=24", "grpo.lr=1e-3",
                "grpo.kl_coef=0", "policy.lora.dropout=0.1", f"policy.path={untrained_base}"]  # fmt: skip
