@@ -63,47 +63,22 @@ def build_tokenizer(corpus: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     """About 1.6 million parameters: 6 layers of width 128, a 2-layer vision tower of width 64."""
-    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
-    return Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=6,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[6, 5, 5]),
-            bos_token_id=ids["<|endoftext|>"],
-            eos_token_id=ids["<|im_end|>"],
-            pad_token_id=ids["<|endoftext|>"],
-            tie_word_embeddings=True,
-        ),
-        vision_config=dict(
-            depth=2,
-            hidden_size=64,
-            intermediate_size=128,
-            num_heads=4,
-            out_hidden_size=128,
-            patch_size=14,
-            spatial_merge_size=2,
-            temporal_patch_size=2,
-            window_size=112,
-            fullatt_block_indexes=[1],
-            tokens_per_second=2,
-        ),
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[6, 5, 5])
+    tower = dict(depth=2, patch_size=14, window_size=112, fullatt_block_indexes=[1], tokens_per_second=2)
+    return Qwen2_5_VLConfig(**_shapes(tokenizer, text=dict(rope_parameters=rope), tower=tower))
 
 
 def tiny3_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
     """About 1.8 million parameters: 6 layers of width 128, a 3-layer vision tower of width 64, DeepStack from two."""
+    rope = dict(rope_type="default", rope_theta=5e6, mrope_section=[6, 5, 5], mrope_interleaved=True)
+    tower = dict(depth=3, patch_size=16, num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
+    return Qwen3VLConfig(**_shapes(tokenizer, text=dict(head_dim=32, rope_parameters=rope), tower=tower))
+
+
+def _shapes(tokenizer: PreTrainedTokenizerFast, text: dict[str, Any], tower: dict[str, Any]) -> dict[str, Any]:
+    """What both families' configs have in common, with what a family's decoder and tower have besides."""
     ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
-    return Qwen3VLConfig(
+    return dict(
         text_config=dict(
             vocab_size=len(tokenizer),
             hidden_size=128,
@@ -111,25 +86,21 @@ def tiny3_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
             num_hidden_layers=6,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=32,
             max_position_embeddings=4096,
-            rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[6, 5, 5], mrope_interleaved=True),
             bos_token_id=ids["<|endoftext|>"],
             eos_token_id=ids["<|im_end|>"],
             pad_token_id=ids["<|endoftext|>"],
             tie_word_embeddings=True,
+            **text,
         ),
         vision_config=dict(
-            depth=3,
             hidden_size=64,
             intermediate_size=128,
             num_heads=4,
             out_hidden_size=128,
-            patch_size=16,
             spatial_merge_size=2,
             temporal_patch_size=2,
-            num_position_embeddings=16,
-            deepstack_visual_indexes=[0, 1],
+            **tower,
         ),
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],

@@ -18,6 +18,17 @@ def tiny_policy(base):
     return Policy(PolicyConfig(name="t", path=str(base), frames=frames), seed=0)
 
 
+def with_moved_adapter(policy, by=0.05, seed=5):
+    """The policy with an adapter that is not the identity."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in policy.named_parameters():
+        if "lora_B" in name:
+            weight.data = by * torch.randn(weight.shape, generator=generator)
+    return policy
+
+
 def prepared(policy, *texts):
     """Prompts of different lengths, each on its own four random frames."""
     from pathlib import Path

@@ -6,7 +6,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from helpers.policies import prepared
+from helpers.policies import prepared, with_moved_adapter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tartvg.config import PolicyConfig, SamplingConfig
@@ -27,12 +27,7 @@ PACES = (decoding.PACES["cpu"], decoding.PACES["cuda"], Pace(look_every=3, bucke
 @pytest.fixture(scope="module")
 def policy(untrained_base):
     """With an adapter that is not the identity."""
-    policy = Policy(PolicyConfig(name="t", path=str(untrained_base)))
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in policy.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    return policy
+    return with_moved_adapter(Policy(PolicyConfig(name="t", path=str(untrained_base))))
 
 
 @pytest.fixture(scope="module")

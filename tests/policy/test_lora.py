@@ -5,6 +5,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from helpers.policies import with_moved_adapter
 from safetensors.torch import load_file
 from torch.nn.functional import cosine_similarity
 
@@ -26,12 +27,7 @@ def settings_of(compute, precision=Precision.fp32, **lora):
 
 
 def moved(policy, by=0.02):
-    """The policy with an adapter that says something."""
-    generator = torch.Generator().manual_seed(3)
-    for name, weight in policy.named_parameters():
-        if "lora_B" in name:
-            weight.data = by * torch.randn(weight.shape, generator=generator)
-    return policy
+    return with_moved_adapter(policy, by, seed=3)
 
 
 def item(policy):

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers.policies import with_moved_adapter
 
 from experiments.tiny_base import model as tiny
 from tartvg.config import FramesConfig, LoraConfig, PolicyConfig, SamplingConfig
@@ -48,12 +49,7 @@ def prompts(tmp_path_factory):
 @pytest.fixture
 def policy(settings):
     """A policy whose adapter is not the identity."""
-    policy = Policy(settings, seed=1)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in policy.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    return policy
+    return with_moved_adapter(Policy(settings, seed=1))
 
 
 def completions(policy, prompts, group_size=4, tokens=12, seed=0):

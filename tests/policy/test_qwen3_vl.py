@@ -6,11 +6,13 @@ DeepStack features.
 
 import dataclasses
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.bases import untrained_qwen3
+from helpers.policies import with_moved_adapter
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from tartvg.config import FramesConfig, LoraConfig, PolicyConfig, SamplingConfig, SettingError, VideoWrapper
@@ -41,12 +43,7 @@ def settings(base):
 @pytest.fixture(scope="module")
 def policy(settings):
     """With an adapter that is not the identity."""
-    policy = Policy(settings, seed=1)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in policy.model.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-    return policy
+    return with_moved_adapter(Policy(settings, seed=1))
 
 
 def clip_of(num_frames, height=64, width=96, step=0.5):
@@ -55,8 +52,6 @@ def clip_of(num_frames, height=64, width=96, step=0.5):
 
 
 def prepared(policy, clip, text=QUESTION):
-    from pathlib import Path
-
     return policy.prepare(
         Prompt(GroundingSample("a", Path("absent.mp4"), text, (Span(0, 1),), 2.0, "train"), text), clip
     )
