@@ -3,7 +3,8 @@
 LD_PRELOAD=LIBRARY python tests/fake_cuda/walk.py MODEL
 
 LIBRARY is the compiled device.cpp. Prints one JSON object: for each phase the transfers, the places where the host
-waits for a number, and the 64-bit floats on the device, each with the function that caused it and how often.
+waits for a number, and the 64-bit floats on the device, each with the function that caused it and how often; and the
+kernels per token of one layer and of two.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tartvg.config import LoraCompute, LoraConfig, PolicyConfig, Precision, Samp
 from tartvg.grpo import LossInputs, LossSettings, grpo_loss
 from tartvg.memory.footprint import ShapePolicy, model_config, with_layers
 from tartvg.policy import decode_attention, prefix_attention
-from tartvg.policy.decoding import Stepper
+from tartvg.policy.decoding import Decoding, Stepper
 from tartvg.policy.features import VideoFeatures
 from tartvg.policy.inputs import PromptInputs
 from tartvg.policy.policy import Policy, PreparedPrompt, TokenBatch
@@ -128,11 +129,64 @@ def prepared(length, width, number, more):
     return PreparedPrompt(prompt, inputs, VideoFeatures(features, (1, 2, 2), 1.0, 1.0, deepstack=tuple(deepstack)))
 
 
-def build(path):
-    """A policy of the released shape with three decoder layers, settings as conf/ has them."""
+def build(path, num_layers=3):
+    """A policy of the released shape with few decoder layers, settings as conf/ has them."""
     lora = LoraConfig(compute=LoraCompute.native)
     settings = PolicyConfig(name="x", path=path, precision=Precision.bf16, logit_chunk=64, lora=lora)
-    return Walker(settings, with_layers(model_config(settings), 3)), settings
+    return Walker(settings, with_layers(model_config(settings), num_layers)), settings
+
+
+def become_fake(policy):
+    """On the device without content, with a tokenizer; in a FakeTensorMode. Three prompts for it."""
+    policy.become_fake()
+    policy.end_ids = {1}
+    policy.tokenizer = Words(policy.vocabulary - 20)
+    more = policy.family.num_features(policy.core.config) - 1
+    width = policy.language_model.config.hidden_size
+    return [prepared(L - 7 * number, width, number, more) for number in range(P)]
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what starts a kernel on the device: every operator but those that only look at memory in another way."""
+
+    LOOKS = {
+        "view", "_unsafe_view", "reshape", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze",
+        "t", "split", "split_with_sizes", "detach", "alias", "as_strided", "unbind", "_reshape_alias", "lift_fresh",
+        "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "unfold", "narrow", "device",
+    }  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.by_name = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        tensors = [t for t in tree_iter((args, kwargs or {}, out)) if isinstance(t, torch.Tensor)]
+        if name not in self.LOOKS and any(t.device.type == "cuda" for t in tensors):
+            self.by_name[name] += 1
+        return out
+
+
+def kernels_per_token(path, num_layers):
+    """Kernels of one step of decoding: the decoder, the head, the draw and the notes."""
+    counts = []
+    step = Decoding.step
+
+    def counted(decoding):
+        with Kernels() as kernels:
+            step(decoding)
+        counts.append(kernels.by_name.total())
+
+    policy, _ = build(path, num_layers)
+    Decoding.step = counted
+    try:
+        with FakeTensorMode(), Watch():
+            policy.sample(become_fake(policy), G, SamplingConfig(max_new_tokens=4), list(range(P)))
+    finally:
+        Decoding.step = step
+    assert len(set(counts)) == 1, counts
+    return counts[0]
 
 
 def learn(policy, item, tokens):
@@ -164,12 +218,7 @@ def main():
         found[name] = watch.found()
 
     with FakeTensorMode():
-        policy.become_fake()
-        policy.end_ids = {1}
-        policy.tokenizer = Words(policy.vocabulary - 20)
-        more = policy.family.num_features(policy.core.config) - 1
-        width = policy.language_model.config.hidden_size
-        items = [prepared(L - 7 * number, width, number, more) for number in range(P)]
+        items = become_fake(policy)
         limits = SamplingConfig(max_new_tokens=4)
         phase("prefill", lambda: policy._prefill(items[0]))
         phase("sample", lambda: policy.sample(items, G, limits, list(range(P))))
@@ -187,7 +236,9 @@ def main():
             phase(f"update, {way}", lambda: learn(policy, items[0], tokens))
         rows = torch.empty(8, 3 * 2 * policy.family.patch_form.size**2, device=DEVICE)
         phase("patches", lambda: policy.core.model.visual.patch_embed(rows))
-    print(json.dumps({**found, "deepstack": more > 0}))
+    kernels = [kernels_per_token(sys.argv[1], num_layers) for num_layers in (1, 2)]
+    has_deepstack = bool(items[0].video.deepstack)
+    print(json.dumps({**found, "deepstack": has_deepstack, "kernels": kernels}))
 
 
 class Words:

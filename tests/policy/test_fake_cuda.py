@@ -95,3 +95,12 @@ def test_no_64_bit_float_is_on_the_device(walked):
             continue
         places = {place.partition(":")[0] for place in found["doubles"]}
         assert places <= ({"sampling.py", "decoding.py"} if phase == "sample" else set()), (phase, found["doubles"])
+
+
+@pytest.mark.slow
+def test_a_layer_takes_few_kernels_per_token(walked):
+    """They are what decoding waits for where no graph can be captured; 96 before it had a step of its own."""
+    one, two = walked["kernels"]
+    print(f"{two - one} kernels per layer and token, {2 * one - two} beside the layers")
+    norms_of_heads = 16 if walked["deepstack"] else 0
+    assert two - one <= 60 + norms_of_heads
