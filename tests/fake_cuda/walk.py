@@ -37,6 +37,12 @@ PACKAGE = Path(tartvg.__file__).parent
 P, G, L, T = 3, 4, 600, 40
 NUM_TEXT = 56
 """Tokens of a prompt that are none of its video's."""
+LOOKS = {
+    "view", "_unsafe_view", "reshape", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze",
+    "t", "split", "split_with_sizes", "detach", "alias", "as_strided", "unbind", "_reshape_alias", "lift_fresh",
+    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "unfold", "narrow", "device",
+}  # fmt: skip
+"""Operators that only look at memory in another way."""
 WAYS = {"shared": dict(), "memory-saving": dict(activation_checkpointing=True), "naive": dict(shared_prefix=False)}
 
 
@@ -147,13 +153,7 @@ def become_fake(policy):
 
 
 class Kernels(TorchDispatchMode):
-    """Counts what starts a kernel on the device: every operator but those that only look at memory in another way."""
-
-    LOOKS = {
-        "view", "_unsafe_view", "reshape", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze",
-        "t", "split", "split_with_sizes", "detach", "alias", "as_strided", "unbind", "_reshape_alias", "lift_fresh",
-        "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "unfold", "narrow", "device",
-    }  # fmt: skip
+    """Counts what starts a kernel on the device."""
 
     def __init__(self):
         super().__init__()
@@ -163,7 +163,7 @@ class Kernels(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         tensors = [t for t in tree_iter((args, kwargs or {}, out)) if isinstance(t, torch.Tensor)]
-        if name not in self.LOOKS and any(t.device.type == "cuda" for t in tensors):
+        if name not in LOOKS and any(t.device.type == "cuda" for t in tensors):
             self.by_name[name] += 1
         return out
 
