@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tartvg.config import AnchorsConfig, FramesConfig, PolicyConfig, Precision, SettingError
-from tartvg.policy.families.qwen2_5_vl import PATCH_FORM
+from tartvg.config import AnchorsConfig, PolicyConfig, Precision, SettingError
+from tartvg.policy.families.family import family_of
 from tartvg.policy.head import never_sampled
 from tartvg.policy.loading import DTYPES, base_folder, load_adapter, load_base, todays_name
 from tartvg.policy.model_files import ADAPTER_FILE, CONFIG, INDEX, read_header, read_json, weight_files
@@ -37,14 +37,6 @@ COPIED = (
 """Files of a base that a merge leaves as they are."""
 ADAPTER_PREFIX = "base_model.model."
 """What stands before the names of weights in an adapter."""
-PIXELS = {
-    "image_mean": list(PATCH_FORM.mean),
-    "image_std": list(PATCH_FORM.std),
-    "patch_size": PATCH_FORM.size,
-    "temporal_patch_size": TEMPORAL_PATCH,
-    "merge_size": MERGE,
-    "processor_class": "Qwen2_5_VLProcessor",
-}
 
 
 def merge(settings: PolicyConfig, adapter: Path, target: Path) -> None:
@@ -115,7 +107,7 @@ def with_type(config: dict[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def write_usage(
-    tokenizer: Any, base: Path, target: Path, frames: FramesConfig, anchors: AnchorsConfig, max_new_tokens: int
+    tokenizer: Any, settings: PolicyConfig, target: Path, anchors: AnchorsConfig, max_new_tokens: int
 ) -> str:
     """Write how the model is asked: generation and processor configs, prompt, frames and script. Returns the prompt.
 
@@ -129,20 +121,23 @@ def write_usage(
         # as in training: no video inside an answer, no row of the head beyond the tokenizer's words
         "suppress_tokens": [*sorted(never_sampled(tokenizer)), *range(len(tokenizer), size)],
     })  # fmt: skip
-    pixels = {"min_pixels": frames.min_pixels, "max_pixels": frames.max_pixels}
-    sizes = {"size": {"shortest_edge": frames.min_pixels, "longest_edge": frames.max_pixels}}
-    _write_over(base, target, "preprocessor_config.json", {
-        "image_processor_type": "Qwen2VLImageProcessor", **PIXELS, **pixels, **sizes,
-    })  # fmt: skip
+    family, frames, base = family_of(config["model_type"]), settings.frames, base_folder(settings)
+    told, form = family.exported(settings), family.patch_form
+    shared = {
+        "image_mean": [value * form.white / 255 for value in form.mean],
+        "image_std": [value * form.white / 255 for value in form.std],
+        "patch_size": form.size, "temporal_patch_size": TEMPORAL_PATCH, "merge_size": MERGE,
+        "processor_class": told.processor,
+    }  # fmt: skip
+    _write_over(base, target, "preprocessor_config.json", {**shared, **told.images})
     _write_over(base, target, "video_preprocessor_config.json", {
-        "video_processor_type": "Qwen2VLVideoProcessor", **PIXELS, **sizes, "fps": frames.fps,
-        "min_frames": frames.min_frames, "max_frames": frames.max_frames, "do_sample_frames": True,
-        # the budget of all frames, of which the library takes nine tenths of so many tokens
-        "cap_pixels_per_frame": True, "max_video_tokens": round(frames.total_pixels / (0.9 * PATCH_FORM.side**2)),
+        **shared, **told.videos, "fps": frames.fps, "min_frames": frames.min_frames, "max_frames": frames.max_frames,
+        "do_sample_frames": True,
     })  # fmt: skip
     prompt = build_prompt(GroundingSample("", Path(), "{query}", (), 0.0, "test"), anchors).text
     bounds = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
-    _write(target / GROUNDING, {"prompt": prompt, **{name: getattr(frames, name) for name in bounds}})
+    frame_settings = {name: getattr(frames, name) for name in bounds}
+    _write(target / GROUNDING, {"prompt": prompt, "place": told.place, "step": told.step, **frame_settings})
     script = resources.files("tartvg") / "assets" / "export" / SCRIPT
     (target / SCRIPT).write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
     return prompt

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tartvg.config import Config, SettingError, policy_label
-from tartvg.policy.loading import base_folder, family_in
 from tartvg.policy.merging import merge, write_usage
 from tartvg.policy.policy import Policy, PreparedPrompt, token_batch
 from tartvg.policy.torch_setup import set_up_torch
@@ -82,11 +81,6 @@ def _evaluations(config: Config, adapter: Path) -> list[tuple[str, Path]]:
 
 
 def _export(config: Config, adapter: Path, target: Path) -> None:
-    family = family_in(base_folder(config.policy), f"policy.path={config.policy.path}")
-    if family.script is None:
-        raise SettingError(
-            f"stage=export: how a merged {family.title} is asked is not written yet: use base and adapter side by side"
-        )
     asked = _asked(config)
     policy = load_policy(config, adapter).eval()  # first: what cannot be loaded is refused before anything is written
     said = _answers(policy, asked, config)
@@ -94,10 +88,7 @@ def _export(config: Config, adapter: Path, target: Path) -> None:
     del policy
     free_finished_policies()
     merge(config.policy, adapter, target)
-    prompt = write_usage(
-        tokenizer, base_folder(config.policy), target, config.policy.frames, config.anchors,
-        config.grpo.sampling.max_new_tokens,
-    )  # fmt: skip
+    prompt = write_usage(tokenizer, config.policy, target, config.anchors, config.grpo.sampling.max_new_tokens)
     shift = _shift(replace(config, policy=replace(config.policy, path=str(target), revision=None)), said)
     facts = CardFacts(
         title=f"{config.policy.name}, {config.name}, {policy_label(str(adapter))}",

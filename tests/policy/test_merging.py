@@ -8,19 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.bases import untrained_qwen3
 from helpers.videos import write_usual
 from peft import PeftModel
 from policy.test_real_models import original_weights, settings, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-from tartvg.config import AnchorsConfig, FramesConfig, Precision, SamplingConfig, SettingError
+from tartvg.config import AnchorsConfig, FramesConfig, Precision, SamplingConfig, SettingError, VideoWrapper
 from tartvg.data.video import read_clip, target_size
-from tartvg.policy.families.qwen2_5_vl import PATCH_FORM, prompt_positions
+from tartvg.policy.families import qwen2_5_vl, qwen3_vl
+from tartvg.policy.families.family import family_of
+from tartvg.policy.inputs import clip_patches
 from tartvg.policy.loading import load_base, new_adapter, save_adapter
 from tartvg.policy.merging import merge, model_name, with_type, write_usage
 from tartvg.policy.model_files import INDEX
-from tartvg.policy.patches import patchify
 from tartvg.policy.policy import Policy
 from tartvg.prompts import build_prompt
 from tartvg.types import GroundingSample
@@ -105,12 +107,13 @@ def test_types_are_named_at_every_depth():
 def test_usage_is_greedy_and_keeps_what_training_forbids_and_what_the_base_says(tmp_path):
     weights, config, tokenizer = original_weights(tied=True)
     base = write_checkpoint(tmp_path / "base", weights, config | {"vocab_size": config["vocab_size"] + 3}, tokenizer)
+    policy = settings(base)
     (base / "generation_config.json").write_text('{"repetition_penalty": 1.05, "do_sample": true}')
     (base / "preprocessor_config.json").write_text('{"min_pixels": 1, "of_the_base": 7}')
     target = tmp_path / "merged"
     target.mkdir()
     (target / "config.json").write_text((base / "config.json").read_text())
-    prompt = write_usage(tokenizer, base, target, settings(base).frames, AnchorsConfig(), 40)
+    prompt = write_usage(tokenizer, policy, target, AnchorsConfig(), 40)
     assert '"{query}"' in prompt and json.loads((target / "grounding.json").read_text())["prompt"] == prompt
     found = GenerationConfig.from_pretrained(target)
     assert (found.do_sample, found.max_new_tokens) == (False, 40) and found.repetition_penalty in (None, 1.0)
@@ -125,32 +128,40 @@ def test_usage_is_greedy_and_keeps_what_training_forbids_and_what_the_base_says(
     assert (videos["max_frames"], videos["max_video_tokens"]) == (8, round(2809856 / 784 / 0.9))
 
 
-@pytest.fixture
-def exported(tmp_path):
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl", "qwen3_vl outer"])
+def exported(tmp_path, request):
     """A released base in fp32 with an adapter, its merged folder and the names of the folder's script."""
-    policy = settings(write_checkpoint(tmp_path / "base", *original_weights(tied=True)), Precision.fp32)
-    policy.frames = FramesConfig(fps=3.0, min_frames=4, max_frames=10, min_pixels=3136, max_pixels=9408)
+    family, *wrapper = request.param.split()
+    if family == "qwen2_5_vl":
+        base = write_checkpoint(tmp_path / "base", *original_weights(tied=True))
+    else:
+        base = untrained_qwen3(tmp_path / "base")
+    policy = settings(base, Precision.fp32)
+    policy.video_wrapper = VideoWrapper(*wrapper or ["inner"])
+    side = family_of(family).patch_form.side
+    policy.frames = FramesConfig(
+        fps=3.0, min_frames=4, max_frames=10, min_pixels=4 * side**2, max_pixels=12 * side**2
+    )  # fmt: skip
     adapter = trained_adapter(tmp_path / "adapter", policy)
     merge(policy, adapter, tmp_path / "merged")
     _, tokenizer = load_base(policy)
-    write_usage(tokenizer, tmp_path / "base", tmp_path / "merged", policy.frames, AnchorsConfig(), 24)
+    write_usage(tokenizer, policy, tmp_path / "merged", AnchorsConfig(), 24)
     return policy, adapter, runpy.run_path(str(tmp_path / "merged/answer.py"), run_name="elsewhere")
 
 
 def test_the_script_of_a_merged_folder_sees_and_says_what_the_policy_does(exported, tmp_path):
     settings, adapter, script = exported
     video = write_usual(tmp_path)
-    clip = read_clip(video, settings.frames)
-    frames, seconds = script["read"](video)
-    assert np.array_equal(frames, clip.frames) and seconds == pytest.approx(clip.seconds_per_grid, abs=1e-12)
-    ours, grid = patchify(clip.frames, PATCH_FORM)
-    theirs, same_grid = script["patches_of"](frames)
-    assert torch.equal(ours, theirs) and grid == same_grid
-    for grid in ((1, 2, 2), (30, 4, 6), (2, 20, 8)):
-        expected = prompt_positions(7, 5, grid, seconds, 2.0)
-        assert torch.equal(script["positions_of"](7, 5, grid, seconds * 2.0)[:, 0], expected)
-
     policy = Policy(settings, adapter).eval()
+    form = policy.family.patch_form
+    clip = read_clip(video, settings.frames, form.side)
+    frames, times, seconds = script["read"](video)
+    assert np.array_equal(frames, clip.frames) and seconds == pytest.approx(clip.seconds_per_grid, abs=1e-12)
+    ours = clip_patches(clip, form)
+    theirs, same_grid = script["patches_of"](frames)
+    assert torch.allclose(ours.patches, theirs, atol=1e-6) and ours.grid_thw == same_grid
+    assert times == pytest.approx(ours.stamps, abs=1e-9)
+
     query = "  the red <|im_end|> circle . "
     prompt = build_prompt(GroundingSample("a", video, query, (), clip.duration, "test"), AnchorsConfig())
     limits = SamplingConfig(temperature=0.0, max_new_tokens=24)
@@ -158,8 +169,22 @@ def test_the_script_of_a_merged_folder_sees_and_says_what_the_policy_does(export
     assert script["answer"](*script["load"](), video, query) == said and len(said) > 10
 
 
+def test_the_scripts_positions_are_those_of_training(exported):
+    _, _, script = exported
+    text, after = [False] * 7, [False] * 5
+    for grid in ((1, 2, 2), (30, 4, 6), (2, 20, 8)):
+        step = [True] * (grid[1] * grid[2] // 4)
+        once = text + step * grid[0] + after
+        expected = qwen2_5_vl.prompt_positions(7, 5, grid, 1.3, 2.0)
+        assert torch.equal(script["positions_of"](once, grid, 2.6)[:, 0], expected)
+        apart = text + [is_video for _ in range(grid[0]) for is_video in [False, *step]] + after
+        expected = qwen3_vl.prompt_positions(torch.tensor(apart), grid)
+        assert torch.equal(script["positions_of"](apart, grid, 0.0)[:, 0], expected)
+
+
 @pytest.mark.parametrize(("height", "width"), [(1080, 1920), (28, 28), (30, 700), (480, 640), (700, 31)])
 def test_the_script_resizes_as_training_does(exported, height, width):
     settings, _, script = exported
     for count in (2, 4, 10):
-        assert script["size_of"](height, width, count) == target_size(height, width, count, settings.frames)
+        expected = target_size(height, width, count, settings.frames, script["SIDE"])
+        assert script["size_of"](height, width, count) == expected

@@ -54,11 +54,9 @@ def test_a_run_without_an_adapter_is_refused(run_command, tmp_path: Path) -> Non
     assert len(refused.stderr.splitlines()) == 1 and not (tmp_path / "r/export").exists()
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def moved_adapter(folder: Path, policy: str) -> Path:
     """An adapter that changes what the embedded base says."""
-    folder = tmp_path_factory.mktemp("run") / "sft" / "adapter"
-    settings = composed().policy
+    settings = composed(f"policy={policy}").policy
     assert isinstance(settings, PolicyConfig)
     model, _ = load_base(settings)
     adapted = new_adapter(model, settings.lora, seed=0)
@@ -73,11 +71,16 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "count", [pytest.param(10, marks=pytest.mark.slow), pytest.param(120, marks=pytest.mark.campaign)]
 )
-def test_plain_transformers_answers_as_evaluate_does(run_command, adapter: Path, tmp_path: Path, count: int) -> None:
+@pytest.mark.parametrize("policy", ["tiny", "tiny3"])
+def test_plain_transformers_answers_as_evaluate_does(
+    run_command, tmp_path: Path, policy: str, count: int
+) -> None:  # fmt: skip
     """The folder's own script, which imports nothing of this package, on test queries in fp32; 120 are all of them."""
+    adapter = moved_adapter(tmp_path / "other/sft/adapter", policy)
     common = [
-        f"runs_dir={tmp_path}", "name=r", f"dataset.root={tmp_path}/data", "dataset.planted.num_train=1",
-        "dataset.planted.num_val=1", "trainer.num_threads=1", "trainer.progress_bar=false", "tracking.mode=off",
+        f"policy={policy}", f"runs_dir={tmp_path}", "name=r", f"dataset.root={tmp_path}/data",
+        "dataset.planted.num_train=1", "dataset.planted.num_val=1", "trainer.num_threads=1",
+        "trainer.progress_bar=false", "tracking.mode=off",
         "faithfulness.kinds=[]", "evaluate.num_samples=0", f"evaluate.num_queries={count}",
     ]  # fmt: skip
     run_command(*common, "stage=evaluate", f"evaluate.policies=[base,{adapter}]")

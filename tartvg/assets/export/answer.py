@@ -9,21 +9,24 @@ import json
 import math
 import sys
 from bisect import bisect_right
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import torch
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 FOLDER = Path(__file__).resolve().parent
 SETTINGS = json.loads((FOLDER / "grounding.json").read_text(encoding="utf-8"))
-SIDE = 28
+PICTURES = json.loads((FOLDER / "preprocessor_config.json").read_text(encoding="utf-8"))
+PATCH = PICTURES["patch_size"]
+SIDE = 2 * PATCH
 
 
 def size_of(height: int, width: int, num_frames: int) -> tuple[int, int]:
-    """Sides of a frame for the model: multiples of 28 within the budgets of pixels."""
+    """Sides of a frame for the model: multiples of two patches within the budgets of pixels."""
     share = SETTINGS["total_pixels"] * 2 // num_frames
     most = max(min(SETTINGS["max_pixels"], share), int(SETTINGS["min_pixels"] * 1.05))
     new = max(SIDE, round(height / SIDE) * SIDE), max(SIDE, round(width / SIDE) * SIDE)
@@ -36,8 +39,8 @@ def size_of(height: int, width: int, num_frames: int) -> tuple[int, int]:
     return new
 
 
-def read(path: str | Path) -> tuple[np.ndarray, float]:
-    """Frames, uint8 (F, height, width, 3), and the seconds between two pairs of them.
+def read(path: str | Path) -> tuple[np.ndarray, list[float], float]:
+    """Frames, uint8 (F, height, width, 3), the second in the middle of each pair, and the seconds between two pairs.
 
     For files as cameras and ffmpeg write them; the training's own reader also mends cut and rotated ones.
     """
@@ -62,34 +65,40 @@ def read(path: str | Path) -> tuple[np.ndarray, float]:
                 height, width = size_of(frame.height, frame.width, count)
                 image = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC")
                 found[frame.pts] = image.to_ndarray()
-    return np.stack([found[stamp] for stamp in chosen]), 2 * step
+    shown = [(stamp - first) * clock for stamp in chosen]
+    middles = [(a + b) / 2 for a, b in zip(shown[::2], shown[1::2], strict=True)]
+    return np.stack([found[stamp] for stamp in chosen]), middles, 2 * step
 
 
 def patches_of(frames: np.ndarray) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """The rows that the vision tower reads, (T*H*W, 1176), and the grid (T, H, W) in patches of 14 pixels."""
-    config = json.loads((FOLDER / "preprocessor_config.json").read_text(encoding="utf-8"))
-    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("image_mean", "image_std"))
+    """The rows that the vision tower reads, (T*H*W, 6 * patch²), and the grid (T, H, W) in patches."""
+    mean, std = (torch.tensor(PICTURES[name])[:, None, None] for name in ("image_mean", "image_std"))
     pixels = (torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().float() / 255.0 - mean) / std
-    time, height, width = len(frames) // 2, frames.shape[1] // 14, frames.shape[2] // 14
-    blocks = pixels.view(time, 2, 3, height // 2, 2, 14, width // 2, 2, 14).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+    time, height, width = len(frames) // 2, frames.shape[1] // PATCH, frames.shape[2] // PATCH
+    blocks = pixels.view(time, 2, 3, height // 2, 2, PATCH, width // 2, 2, PATCH).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return blocks.reshape(time * height * width, -1), (time, height, width)
 
 
-def positions_of(before: int, after: int, grid: tuple[int, int, int], ticks: float) -> torch.Tensor:
-    """Positions of text, video and text, (3, 1, S): the video in absolute time, the text behind it after its last.
+def positions_of(is_video: list[bool], grid: tuple[int, int, int], ticks: float) -> torch.Tensor:
+    """Positions of the prompt's tokens, (3, 1, S): what follows goes on after the largest position so far.
 
-    transformers 5 puts that text after the video's height or width instead, which the weights were not trained with.
+    Video tokens without text between them share the clock, `ticks` to a temporal step. transformers 5 puts the text
+    behind a Qwen2.5-VL's video after its height or width instead, which the weights were not trained with.
     """
-    axes = (torch.arange(grid[0]) * ticks).long(), torch.arange(grid[1] // 2), torch.arange(grid[2] // 2)
-    video = torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(3, -1) + before
-    start = int(video.max()) + 1
-    parts = torch.arange(before).expand(3, -1), video, torch.arange(start, start + after).expand(3, -1)
+    rows, columns = grid[1] // 2, grid[2] // 2
+    parts, start = [], 0
+    for is_block, run in groupby(is_video):
+        length = len(list(run))
+        axes = (torch.arange(length // (rows * columns)) * ticks).long(), torch.arange(rows), torch.arange(columns)
+        block = torch.stack(torch.meshgrid(*axes, indexing="ij")).reshape(3, -1)
+        parts.append(start + (block if is_block else torch.arange(length).expand(3, -1)))
+        start = int(parts[-1].max()) + 1
     return torch.cat(parts, dim=1)[:, None]
 
 
 def answer(model: Any, tokenizer: Any, path: str | Path, query: str) -> str:
     """What the model says, reasoning included. Greedy, by generation_config.json."""
-    frames, seconds = read(path)
+    frames, times, seconds = read(path)
     patches, grid = patches_of(frames)
     query = " ".join(query.split())
     head = query.removesuffix(".").rstrip()  # without the full stop of a sentence; an ellipsis stays
@@ -98,16 +107,17 @@ def answer(model: Any, tokenizer: Any, path: str | Path, query: str) -> str:
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    before, after = (tokenizer.encode(part, add_special_tokens=False) for part in text.split("<|video_pad|>"))
-    num_video = grid[0] * grid[1] * grid[2] // 4
-    ids = torch.tensor([before + [model.config.video_token_id] * num_video + after])
-    ticks = seconds * model.config.vision_config.tokens_per_second
+    place, step, token = SETTINGS["place"], SETTINGS["step"], model.config.video_token_id
+    shown = [step.format(time=time) for time in times]  # times are text, or else in the positions
+    short = tokenizer.encode(text.replace(place, "".join(shown)), add_special_tokens=False)
+    ids = torch.tensor([[x for x in short for _ in range(grid[1] * grid[2] // 4 if x == token else 1)]])
+    ticks = seconds * getattr(model.config.vision_config, "tokens_per_second", 0)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "pixel_values_videos": patches.to(model.dtype),
         "video_grid_thw": torch.tensor([grid]),
-        "position_ids": positions_of(len(before), len(after), grid, ticks),
+        "position_ids": positions_of((ids[0] == token).tolist(), grid, ticks),
     }
     with torch.no_grad():
         out = model.generate(**{name: value.to(model.device) for name, value in inputs.items()})
@@ -116,7 +126,7 @@ def answer(model: Any, tokenizer: Any, path: str | Path, query: str) -> str:
 
 def load(device: str = "cpu") -> tuple[Any, Any]:
     """The model of this folder and its tokenizer."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(FOLDER, dtype="auto").to(device).eval()
+    model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto").to(device).eval()
     return model, AutoTokenizer.from_pretrained(FOLDER)
 
 

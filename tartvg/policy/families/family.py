@@ -32,6 +32,22 @@ the decoder's first layers (`tartvg.policy.deepstack`).
 
 
 @dataclass(frozen=True)
+class Exported:
+    """How other programs make a prompt of a video, as near to ours as the library's own settings allow."""
+
+    processor: str
+    """The library's class of processor."""
+    images: dict[str, Any]
+    """For preprocessor_config.json, beside how pictures are cut and normalised."""
+    videos: dict[str, Any]
+    """For video_preprocessor_config.json, likewise."""
+    place: str
+    """What the chat template writes for a video."""
+    step: str
+    """What stands there instead, once for each temporal step: `{time:.1f}` is its second."""
+
+
+@dataclass(frozen=True)
 class Family:
     """One family. Its decoder is `model.language_model` with `embed_tokens`, `layers`, `norm` and `rotary_emb`."""
 
@@ -55,8 +71,8 @@ class Family:
     """Of a model's config: how many features `encode_video` gives."""
     encode_prompt: EncodePrompt
     encode_video: EncodeVideo
-    script: str | None
-    """What `stage=export` puts beside the weights, of `tartvg/assets/export`; None where there is none yet."""
+    exported: Callable[[PolicyConfig], Exported]
+    """What `stage=export` writes about videos."""
     published: dict[str, dict[str, Any]]
     """Hub id -> the shapes of a released model, so that a plan can be made without its files."""
 

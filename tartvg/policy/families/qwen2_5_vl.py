@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from tartvg.config import PolicyConfig
-from tartvg.policy.families.family import DECODER_LINEARS, Family
+from tartvg.policy.families.family import DECODER_LINEARS, Exported, Family
 from tartvg.policy.features import VideoFeatures
 from tartvg.policy.inputs import VIDEO_PAD, PromptInputs, chat_text, next_position
 from tartvg.policy.patches import MERGE, PatchForm
@@ -92,6 +92,26 @@ def encode_video(model: Any, patches: Tensor, grid: Tensor) -> tuple[Tensor, ...
     return (torch.cat(tuple(model.get_video_features(patches, grid).pooler_output)),)
 
 
+def exported(settings: PolicyConfig) -> Exported:
+    """What stage=export writes about videos."""
+    frames = settings.frames
+    sizes = {"size": {"shortest_edge": frames.min_pixels, "longest_edge": frames.max_pixels}}
+    return Exported(
+        processor="Qwen2_5_VLProcessor",
+        images={
+            "image_processor_type": "Qwen2VLImageProcessor", **sizes,
+            "min_pixels": frames.min_pixels, "max_pixels": frames.max_pixels,
+        },
+        videos={
+            "video_processor_type": "Qwen2VLVideoProcessor", **sizes,
+            # the budget of all frames, of which the library takes nine tenths of so many tokens
+            "cap_pixels_per_frame": True, "max_video_tokens": round(frames.total_pixels / (0.9 * PATCH_FORM.side**2)),
+        },
+        place=VIDEO_PAD,
+        step=VIDEO_PAD,
+    )  # fmt: skip
+
+
 FAMILY = Family(
     title="Qwen2.5-VL",
     model_class=Qwen2_5_VLForConditionalGeneration,
@@ -104,6 +124,6 @@ FAMILY = Family(
     num_features=lambda _: 1,
     encode_prompt=encode_prompt,
     encode_video=encode_video,
-    script="answer.py",
+    exported=exported,
     published=PUBLISHED,
 )

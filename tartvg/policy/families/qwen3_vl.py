@@ -15,14 +15,16 @@ from torch import Tensor
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from tartvg.config import PolicyConfig, VideoWrapper
-from tartvg.policy.families.family import DECODER_LINEARS, Family
+from tartvg.policy.families.family import DECODER_LINEARS, Exported, Family
 from tartvg.policy.features import VideoFeatures
 from tartvg.policy.inputs import VIDEO_PAD, PromptInputs, chat_text
-from tartvg.policy.patches import MERGE, PatchForm
+from tartvg.policy.patches import MERGE, TEMPORAL_PATCH, PatchForm
 
 PATCH_FORM = PatchForm(size=16, mean=(127.5, 127.5, 127.5), std=(127.5, 127.5, 127.5), white=1.0)
 """Mean and deviation 0.5, in the order of arithmetic of the library's processor: equal to its last bit."""
 START, END = "<|vision_start|>", "<|vision_end|>"
+STEP = "<{time:.1f} seconds>" + START + VIDEO_PAD + END
+"""What the prompt has for each temporal step."""
 
 
 def _published(hidden: int, intermediate: int, layers: int, heads: int, vision: dict[str, Any]) -> dict[str, Any]:
@@ -45,13 +47,17 @@ PUBLISHED = {
 }
 
 
+def place_of(wrapper: VideoWrapper) -> str:
+    """Return what is replaced by the steps of a video in the chat template's text."""
+    return VIDEO_PAD if wrapper is VideoWrapper.outer else START + VIDEO_PAD + END
+
+
 def prompt_text(tokenizer: Any, user_text: str, stamps: tuple[float, ...], wrapper: VideoWrapper) -> str:
     """The whole prompt with one video token for each temporal step, stamps in seconds before them."""
-    text = chat_text(tokenizer, user_text)
-    place = VIDEO_PAD if wrapper is VideoWrapper.outer else START + VIDEO_PAD + END
+    text, place = chat_text(tokenizer, user_text), place_of(wrapper)
     if place not in text:
         raise ValueError(f"the chat template does not write {START}{VIDEO_PAD}{END} where the video stands")
-    return text.replace(place, "".join(f"<{stamp:.1f} seconds>{START}{VIDEO_PAD}{END}" for stamp in stamps))
+    return text.replace(place, "".join(STEP.format(time=stamp) for stamp in stamps))
 
 
 def prompt_positions(is_video: Tensor, grid_thw: tuple[int, int, int]) -> Tensor:
@@ -94,6 +100,26 @@ def encode_video(model: Any, patches: Tensor, grid: Tensor) -> tuple[Tensor, ...
     return tuple(torch.cat(tuple(parts)) for parts in (out.pooler_output, *out.deepstack_features))
 
 
+def exported(settings: PolicyConfig) -> Exported:
+    """What stage=export writes about videos."""
+    frames = settings.frames
+    return Exported(
+        processor="Qwen3VLProcessor",
+        images={
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "size": {"shortest_edge": frames.min_pixels, "longest_edge": frames.max_pixels},
+        },
+        videos={
+            "video_processor_type": "Qwen3VLVideoProcessor",
+            # for each frame the least; for all frames of a video, which are two to a temporal step, the most
+            "size": {"shortest_edge": frames.min_pixels, "longest_edge": TEMPORAL_PATCH * frames.total_pixels},
+            "cap_pixels_per_frame": True, "max_video_tokens": frames.max_pixels // PATCH_FORM.side**2,
+        },
+        place=place_of(settings.video_wrapper),
+        step=STEP,
+    )  # fmt: skip
+
+
 FAMILY = Family(
     title="Qwen3-VL",
     model_class=Qwen3VLForConditionalGeneration,
@@ -106,6 +132,6 @@ FAMILY = Family(
     num_features=lambda config: 1 + len(config.vision_config.deepstack_visual_indexes),
     encode_prompt=encode_prompt,
     encode_video=encode_video,
-    script=None,
+    exported=exported,
     published=PUBLISHED,
 )
