@@ -1,6 +1,6 @@
 """Predictions of one data set -> Scorecard. Stands alone: annotations and answers in, numbers out. No torch.
 
-Conventions, all of which move published numbers:
+Rules, all of which move published numbers:
 
 - Every annotated query is in the denominator. An answer that could not be read has IoU 0 (`num_unparsed`), and so has
   a query without a greedy prediction (`num_missing`).
@@ -35,7 +35,7 @@ RENAMED = {"anchors_mean": "count_mean", "consistency_rate": "answer_match_rate"
 
 
 @dataclass(frozen=True)
-class Conventions:
+class ScoringRules:
     """What moves a score and is no part of the answers: a scorecard on disk names it."""
 
     rule: Rule = "best"
@@ -158,9 +158,9 @@ def paired_p_value(
     return (1 + hits) / (1 + permutations)
 
 
-def scorecard_to_json(card: Scorecard, conventions: Conventions) -> dict[str, Any]:
+def scorecard_to_json(card: Scorecard, rules: ScoringRules) -> dict[str, Any]:
     """What scores.json holds: the scorecard, and how it was made."""
-    return {**to_json(card), **to_json(conventions)}
+    return {**to_json(card), **to_json(rules)}
 
 
 def scorecard_from_json(value: Mapping[str, Any]) -> Scorecard:

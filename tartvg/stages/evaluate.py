@@ -18,7 +18,7 @@ from tartvg.config import Config, DatasetConfig, DatasetName, SamplingConfig, Se
 from tartvg.evaluation.answers import prediction
 from tartvg.evaluation.detection import mean_average_precision, ranked_answers
 from tartvg.evaluation.lengths import scores_by_length
-from tartvg.evaluation.score import ALL_THRESHOLDS, Conventions, score, scorecard_to_json
+from tartvg.evaluation.score import ALL_THRESHOLDS, ScoringRules, score, scorecard_to_json
 from tartvg.evaluation.submission import submission
 from tartvg.policy.loading import checked_base
 from tartvg.policy.policy import Policy
@@ -200,12 +200,12 @@ def _scored(
     predictions: Sequence[Prediction],
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The scorecard of one data set as JSON, and its metrics below eval/<label>/."""
-    conventions = Conventions(is_clipped=data.late_windows != "keep")
-    rule, strict = conventions.rule, conventions.is_strict
+    rules = ScoringRules(is_clipped=data.late_windows != "keep")
+    rule, strict = rules.rule, rules.is_strict
     card = score(
         samples, predictions, ALL_THRESHOLDS, rule, strict, max_anchors=config.anchors.max_count, seed=config.seed
     )  # fmt: skip
-    found, metrics = scorecard_to_json(card, conventions), scores_as_metrics(card, label)
+    found, metrics = scorecard_to_json(card, rules), scores_as_metrics(card, label)
     if data.name is DatasetName.qvhighlights:
         ranking = ranked_answers(predictions)
         detection = mean_average_precision(samples, ranking)

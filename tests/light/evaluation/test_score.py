@@ -11,7 +11,7 @@ import pytest
 from tartvg.evaluation.score import (
     RENAMED,
     RULES,
-    Conventions,
+    ScoringRules,
     answer_iou,
     paired_p_value,
     score,
@@ -263,15 +263,15 @@ def test_an_estimate_in_json_says_what_its_numbers_are() -> None:
     assert scorecard_from_json(older) == scorecard_from_json(stored) == card
 
 
-def test_a_scorecard_on_disk_names_its_conventions() -> None:
+def test_a_scorecard_on_disk_names_its_rules() -> None:
     card = score([sample("a"), sample("b")], [prediction("a", (0, 10))], rule="union", strict=True)
-    conventions = Conventions("union", is_strict=True, is_clipped=False)
-    stored = json.loads(json.dumps(scorecard_to_json(card, conventions)))
-    assert {name: stored[name] for name in asdict(conventions)} == {
+    rules = ScoringRules("union", is_strict=True, is_clipped=False)
+    stored = json.loads(json.dumps(scorecard_to_json(card, rules)))
+    assert {name: stored[name] for name in asdict(rules)} == {
         "rule": "union", "is_strict": True, "is_clipped": False
     }  # fmt: skip
     assert scorecard_from_json(stored) == card
-    older = {name: value for name, value in stored.items() if name not in (*asdict(conventions), "oracle_iou")}
+    older = {name: value for name, value in stored.items() if name not in (*asdict(rules), "oracle_iou")}
     assert scorecard_from_json(older).miou == card.miou
 
 

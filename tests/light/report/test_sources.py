@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tartvg.evaluation.score import Conventions, score, scorecard_to_json
+from tartvg.evaluation.score import ScoringRules, score, scorecard_to_json
 from tartvg.report.difficulty import difficulty_tables
 from tartvg.report.sources import source_tables
 from tartvg.types import GroundingSample, Prediction, Span
@@ -16,7 +16,7 @@ def card(*ends: float) -> dict[str, object]:
         Prediction(str(i), 0, "q", "v", (Span(0, 10),), 20, "", (), Span(0, end), (), True)
         for i, end in enumerate(ends)
     ]
-    return scorecard_to_json(score(samples, said), Conventions())
+    return scorecard_to_json(score(samples, said), ScoringRules())
 
 
 def write(path: Path, value: object) -> None:
