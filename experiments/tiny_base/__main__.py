@@ -84,7 +84,7 @@ class Recipe:
 
 RECIPES = {
     "tiny": Recipe(tiny_config, perception=2400, habit=900, repeat=400, batch_size=32),
-    "tiny3": Recipe(tiny3_config, perception=2200, habit=600, repeat=300, batch_size=20, longest=24.0, latest=20),
+    "tiny3": Recipe(tiny3_config, perception=4000, habit=900, repeat=400, batch_size=20, longest=24.0, latest=20),
 }
 
 
