@@ -238,7 +238,7 @@ def main():
         phase("patches", lambda: policy.core.model.visual.patch_embed(rows))
     kernels = [kernels_per_token(sys.argv[1], num_layers) for num_layers in (1, 2)]
     has_deepstack = bool(items[0].video.deepstack)
-    print(json.dumps({**found, "deepstack": has_deepstack, "kernels": kernels}))
+    print(json.dumps({**found, "model": {"deepstack": has_deepstack, "kernels": kernels}}))
 
 
 class Words:

@@ -70,7 +70,7 @@ def walked(request, device):
 
 @pytest.mark.slow
 def test_nothing_moves_but_what_is_listed(walked):
-    has_deepstack = walked["deepstack"]
+    has_deepstack = walked["model"]["deepstack"]
     embedding = {UP + "_embed_prompt": 2 + has_deepstack}  # where its features are added
     expected = {phase: {**moves, **embedding} if moves else {} for phase, moves in TRANSFERS.items()}
     assert {phase: walked[phase]["transfers"] for phase in TRANSFERS} == expected
@@ -91,7 +91,7 @@ def test_the_host_waits_only_where_it_must(walked):
 def test_no_64_bit_float_is_on_the_device(walked):
     """But for the draw's cumulative sum, where a float32 would make rare tokens impossible."""
     for phase, found in walked.items():
-        if phase == "deepstack":
+        if phase == "model":
             continue
         places = {place.partition(":")[0] for place in found["doubles"]}
         assert places <= ({"sampling.py", "decoding.py"} if phase == "sample" else set()), (phase, found["doubles"])
@@ -100,7 +100,7 @@ def test_no_64_bit_float_is_on_the_device(walked):
 @pytest.mark.slow
 def test_a_layer_takes_few_kernels_per_token(walked):
     """They are what decoding waits for where no graph can be captured; 96 before it had a step of its own."""
-    one, two = walked["kernels"]
+    one, two = walked["model"]["kernels"]
     print(f"{two - one} kernels per layer and token, {2 * one - two} beside the layers")
-    norms_of_heads = 16 if walked["deepstack"] else 0
+    norms_of_heads = 16 if walked["model"]["deepstack"] else 0
     assert two - one <= 60 + norms_of_heads
