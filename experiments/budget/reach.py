@@ -1,8 +1,8 @@
 """How many rollouts until a policy is that good, and where it levels off: from the validation curves of finished runs.
 
-python -m experiments.budget.reach runs/budget/* runs/thinking/*
+python -m experiments.budget.reach runs/budget runs/thinking
 
-prints a row per variant (a run's folder without its seed), with the seeds in order.
+prints a row per variant of the sweeps or runs given, with the seeds in order.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from tartvg.records import read_jsonl
+from tartvg.report.cells import Entry, read_runs
+from tartvg.report.curves import series_of
+from tartvg.report.runs import config_of
 from tartvg.report.tables import Cell, Table, to_markdown
 
 MARKS = (0.80, 0.85)
 """Validation mIoU that is waited for."""
 STAGES = ("grpo1", "grpo2")
-ROWS = "validation.jsonl"
+METRIC = "eval/val/miou"
 LEVEL_OF = 3
 """Last measurements whose mean is where a curve has come to."""
 
@@ -45,21 +45,19 @@ class Curve:
         return sum(last) / len(last)
 
 
-def read_curve(run: Path) -> Curve | None:
-    """Read the curve of a run's last GRPO stage; None where no stage was measured while it trained."""
-    before, points = 0, []
+def curve_of(entry: Entry) -> Curve | None:
+    """Return the curve of a run's last GRPO stage; None where no stage was measured while it trained."""
+    run, before, points = entry.run, 0, []
     for stage in STAGES:
-        path = run / stage / ROWS
-        if not path.is_file():
+        if run is None or stage not in run.metrics:
             continue
-        grpo = yaml.safe_load((run / stage / "config.yaml").read_text(encoding="utf-8"))["grpo"]
-        per_step = grpo["prompts_per_step"] * grpo["group_size"]
-        points = [(before + per_step * int(row["step"]), float(row["miou"])) for row in read_jsonl(path)]
-        before += per_step * int(grpo["max_steps"])  # of grpo1; nothing follows grpo2
-    choices = run.name.split(",")
-    seed = next((choice for choice in choices if choice.startswith("seed=")), "seed=?")
-    variant = ",".join(choice for choice in choices if choice != seed)
-    return Curve(variant, seed, *map(tuple, zip(*points, strict=True))) if points else None
+        prompts, group, steps = (
+            int(config_of(run, f"grpo.{name}", 0, stage)) for name in ("prompts_per_step", "group_size", "max_steps")
+        )
+        measured = series_of(run.metrics[stage], METRIC)
+        points = [(before + prompts * group * int(step), value) for step, value in measured] or points
+        before += prompts * group * steps  # of grpo1; nothing follows grpo2
+    return Curve(entry.variant, entry.seed, *map(tuple, zip(*points, strict=True))) if points else None
 
 
 def table_of(curves: Sequence[Curve]) -> Table:
@@ -80,8 +78,11 @@ def table_of(curves: Sequence[Curve]) -> Table:
 def main() -> None:
     """Print the table of the runs given."""
     parser = argparse.ArgumentParser(prog="python -m experiments.budget.reach", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders; those that were not measured are left out")
-    curves = [curve for run in parser.parse_args().runs if (curve := read_curve(run)) is not None]
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="folders of sweeps or of runs; what was not measured is left out"
+    )
+    entries = read_runs(parser.parse_args().runs, "budget", Path("runs")).entries
+    curves = [curve for entry in entries if (curve := curve_of(entry)) is not None]
     print(to_markdown(table_of(curves)))
 
 

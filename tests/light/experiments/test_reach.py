@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.budget.reach import read_curve, table_of
+from experiments.budget.reach import curve_of, table_of
 from tartvg.records import write_jsonl
+from tartvg.report.cells import read_runs
 from tartvg.report.tables import to_markdown
 
 
@@ -15,7 +16,8 @@ def trained(run: Path, stage: str, mious: dict[int, float]) -> None:
     """A stage of ten steps of two prompts with four rollouts, measured after these steps."""
     (run / stage).mkdir(parents=True)
     (run / stage / "config.yaml").write_text("grpo:\n  max_steps: 10\n  prompts_per_step: 2\n  group_size: 4\n")
-    write_jsonl(run / stage / "validation.jsonl", [{"step": step, "miou": miou} for step, miou in mious.items()])
+    rows = [{"progress/step": step, "eval/val/miou": mious.get(step)} for step in range(11)]
+    write_jsonl(run / stage / "metrics.jsonl", rows)
 
 
 def test_rollouts_of_earlier_stages_count(tmp_path: Path) -> None:
@@ -24,7 +26,8 @@ def test_rollouts_of_earlier_stages_count(tmp_path: Path) -> None:
         trained(run, "grpo1", {5: 0.4, 10: 0.83})
         trained(run, "grpo2", second)
     (tmp_path / "unmeasured,seed=0").mkdir()
-    curves = [curve for run in sorted(tmp_path.iterdir()) if (curve := read_curve(run))]
+    entries = read_runs(sorted(tmp_path.iterdir()), "budget", tmp_path).entries
+    curves = [curve for entry in entries if (curve := curve_of(entry))]
     assert [c.rollouts for c in curves] == [(96, 112, 128)] * 2
     assert [c.reached(0.8) for c in curves] == [96, None]
     assert [c.reached(0.85) for c in curves] == [128, None]
