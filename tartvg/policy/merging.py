@@ -123,9 +123,10 @@ def write_usage(
     })  # fmt: skip
     family, frames, base = family_of(config["model_type"]), settings.frames, base_folder(settings)
     told, form = family.exported(settings), family.patch_form
+    unit = 255 / form.white
     shared = {
-        "image_mean": [value * form.white / 255 for value in form.mean],
-        "image_std": [value * form.white / 255 for value in form.std],
+        "image_mean": [value / unit for value in form.mean],
+        "image_std": [value / unit for value in form.std],
         "patch_size": form.size, "temporal_patch_size": TEMPORAL_PATCH, "merge_size": MERGE,
         "processor_class": told.processor,
     }  # fmt: skip
@@ -137,7 +138,9 @@ def write_usage(
     prompt = build_prompt(GroundingSample("", Path(), "{query}", (), 0.0, "test"), anchors).text
     bounds = ("fps", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
     frame_settings = {name: getattr(frames, name) for name in bounds}
-    _write(target / GROUNDING, {"prompt": prompt, "place": told.place, "step": told.step, **frame_settings})
+    _write(target / GROUNDING, {
+        "prompt": prompt, "place": told.place, "step": told.step, "white": form.white, **frame_settings,
+    })  # fmt: skip
     script = resources.files("tartvg") / "assets" / "export" / SCRIPT
     (target / SCRIPT).write_text(script.read_text(encoding="utf-8"), encoding="utf-8")
     return prompt

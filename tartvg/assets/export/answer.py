@@ -72,8 +72,9 @@ def read(path: str | Path) -> tuple[np.ndarray, list[float], float]:
 
 def patches_of(frames: np.ndarray) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """The rows that the vision tower reads, (T*H*W, 6 * patch²), and the grid (T, H, W) in patches."""
-    mean, std = (torch.tensor(PICTURES[name])[:, None, None] for name in ("image_mean", "image_std"))
-    pixels = (torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().float() / 255.0 - mean) / std
+    white = SETTINGS["white"]  # in the order of the training's arithmetic: equal to the last bit
+    mean, std = (torch.tensor(PICTURES[name])[:, None, None] * (255 / white) for name in ("image_mean", "image_std"))
+    pixels = (torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().float() / white - mean) / std
     time, height, width = len(frames) // 2, frames.shape[1] // PATCH, frames.shape[2] // PATCH
     blocks = pixels.view(time, 2, 3, height // 2, 2, PATCH, width // 2, 2, PATCH).permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
     return blocks.reshape(time * height * width, -1), (time, height, width)
